@@ -12,8 +12,10 @@ import os
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,21 +31,25 @@ from .in_turn import facts_of, metadata_of, named_tensors, whole_in_pieces
 from .state import attribute
 
 
-def write_by_rank_0(
-    obj: Any,
-    own: Callable[..., object],
-    state: Mapping[str, Any] | None,
-    folder: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Let rank 0 run ``own(folder, *args, **kwargs)``, which may ask ``obj`` for its state dict.  Collective.
+@dataclass(frozen=True)
+class Written:
+    """A model whose state dict a package's method may ask for."""
 
-    ``state`` is what it then gets, if it is known already.
+    module: nn.Module
+    state: Mapping[str, Any] | None
+    """What it then gets, if it is known already."""
+    writes: Callable[..., object] | None = None
+    """The package's method of the model itself, where the one that runs is that of something around it."""
+
+
+def write_by_rank_0(
+    own: Callable[..., object], models: Sequence[Written], folder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Let rank 0 run ``own(folder, *args, **kwargs)``, which may ask ``models`` for their state dicts.  Collective.
 
     Raises CheckpointError on every rank when rank 0 cannot write; then files that were there are as they were.
     """
-    values = named_tensors(obj) if isinstance(obj, nn.Module) and state is None else {}
+    values = [named_tensors(model.module) if model.state is None else {} for model in models]
     folder, raised = Path(folder), None
     if context().rank == 0:
         problem = None
@@ -51,14 +57,15 @@ def write_by_rank_0(
             with (
                 replacing_files_of(folder) as written,
                 tempfile.TemporaryDirectory(dir=written.parent, prefix=".") as room,
+                ExitStack() as given,
             ):
-                given: AbstractContextManager[None] = nullcontext()
-                if state is not None:
-                    given = attribute(obj, "state_dict", lambda *args, **kwargs: OrderedDict(state))
-                elif values:
-                    given = attribute(obj, "state_dict", _WhenTaken(values, metadata_of(obj), Path(room)).given)
-                with given:
-                    _write(own, folder, written, args, kwargs)
+                for number, model in enumerate(models):
+                    taken = _WhenTaken(values[number], metadata_of(model.module), Path(room), number)
+                    state = taken.given if model.state is None else partial(_known, model.state)
+                    given.enter_context(attribute(model.module, "state_dict", state))
+                    if model.writes is not None:
+                        given.enter_context(attribute(model.module, "save_pretrained", model.writes))
+                _write(own, folder, written, args, kwargs)
         except Exception as error:  # the method may raise anything, and the others wait for the verdict
             problem = f"{type(error).__name__}: {error}"
             raised = error
@@ -66,11 +73,16 @@ def write_by_rank_0(
     else:
         key, problem = broadcast_object(None)
         while key is not None:
-            for _ in whole_in_pieces(values[key]):
+            number, name = key
+            for _ in whole_in_pieces(values[number][name]):
                 pass
             key, problem = broadcast_object(None)
     if problem is not None:
         raise CheckpointError(f"Rank 0 could not write {folder}: {problem}") from raised
+
+
+def _known(state: Mapping[str, Any], *args: Any, **kwargs: Any) -> OrderedDict[str, Any]:
+    return OrderedDict(state)
 
 
 def _write(
@@ -86,9 +98,12 @@ def _write(
 class _WhenTaken(OrderedDict[str, Any]):
     """A state dict whose tensors are gathered when they are taken; what is tied is one tensor."""
 
-    def __init__(self, values: Mapping[str, torch.Tensor], metadata: dict[str, dict[str, int]], room: Path) -> None:
+    def __init__(
+        self, values: Mapping[str, torch.Tensor], metadata: dict[str, dict[str, int]], room: Path, number: int
+    ) -> None:
         super().__init__(dict.fromkeys(values))
         self._values, self._room, self._made = values, room, dict[int, torch.Tensor]()
+        self._number = number  # of the model, as the others know it
         self._metadata = metadata
 
     def given(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -102,7 +117,7 @@ class _WhenTaken(OrderedDict[str, Any]):
     def _whole(self, key: str) -> Any:
         value = self._values[key]
         if id(value) not in self._made:
-            broadcast_object((key, None))
+            broadcast_object(((self._number, key), None))
             pieces = whole_in_pieces(value)
             try:
                 self._made[id(value)] = self._in_a_file(pieces, *facts_of(value))
@@ -157,7 +172,7 @@ class _WhenTaken(OrderedDict[str, Any]):
 
     def copy(self) -> _WhenTaken:
         """Another one, which has no more of the values than this one."""
-        made = _WhenTaken(self._values, self._metadata, self._room)
+        made = _WhenTaken(self._values, self._metadata, self._room, self._number)
         made._made = self._made
         for key in list(OrderedDict.__iter__(made)):
             if key not in self:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,42 @@ class _Borrowed:
     requires_grad: bool
 
 
+_DEEP = 6
+"""How far into an object it is looked."""
+
+
+def _may_be_filled(value: object) -> bool:
+    """Whether an input is an object that a forward may put something into, as a cache of keys and values."""
+    known = isinstance(value, torch.Tensor | nn.Module | type) or callable(value)
+    return not known and isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _all_inside(objects: list[Any]) -> list[tuple[object, int]]:
+    """Everything that objects hold, also in what these hold, with the versions of tensors."""
+    found: list[tuple[object, int]] = []
+    seen: set[int] = set()
+    waiting = [(value, 0) for value in objects]
+    while waiting:
+        value, deep = waiting.pop()
+        found.append((value, version_of(value) if isinstance(value, torch.Tensor) else 0))
+        if id(value) in seen or deep == _DEEP:
+            continue
+        seen.add(id(value))
+        held: list[Any] = []
+        if isinstance(value, Mapping):
+            held = [*value, *value.values()]
+        elif isinstance(value, list | tuple | set | deque):
+            held = list(value)
+        if _may_be_filled(value):
+            held += vars(value).values()
+        waiting += [(item, deep + 1) for item in held]
+    return found
+
+
+def _are_same(before: list[tuple[object, int]], now: list[tuple[object, int]]) -> bool:
+    return len(before) == len(now) and all(a is b and x == y for (a, x), (b, y) in zip(before, now, strict=True))
+
+
 class Repeat:
     """A forward that can be run once more with the same generators and surroundings.
 
@@ -41,7 +78,10 @@ class Repeat:
     ) -> None:
         self._buffers, self._device = buffers, buffers.device
         self._call, self._inputs = call, self._kept((args, kwargs))
-        self._versions = [version_of(t) for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
+        leaves = tree_leaves(self._inputs)
+        self._versions = [version_of(t) for t in leaves if isinstance(t, torch.Tensor)]
+        self._objects = [leaf for leaf in leaves if _may_be_filled(leaf)]
+        self._inside = _all_inside(self._objects)
         self._surroundings = Surroundings()
         module: Any = getattr(call, "__self__", None)
         self._module: nn.Module = module
@@ -52,18 +92,20 @@ class Repeat:
 
     @property
     def watches(self) -> bool:
-        """Whether the block has state that its forward may move."""
-        return bool(self._before)
+        """Whether the block has state that its forward may move, or is given an object that it may fill."""
+        return bool(self._before or self._objects)
 
     def first_run_is_over(self) -> bool:
         """Learn what has moved.  Returns whether it can be put back for a second run."""
         self._surroundings.settle()
+        inside, self._inside = self._inside, []
+        filled = bool(self._objects) and not _are_same(inside, _all_inside(self._objects))
         record = self._record
         if record is None:
-            return True
+            return not filled
         moved = record.state.after_run(self._module, self._before)
         self._before += [entry for entry in moved if entry not in self._before]
-        return all(entry.can_return for entry in moved)
+        return not filled and all(entry.can_return for entry in moved)
 
     def __call__(self) -> Any:
         if self._versions != [version_of(t) for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]:

@@ -13,12 +13,13 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..alike import misfit
 from ..alike import require_same as require_same_values
@@ -35,9 +36,9 @@ from ..shard.unit import ShardUnit
 from ..split_random import SplitRandom
 from .batch_norm_statistics import level, note_run
 from .in_turn import comes_in_turn, methods_of, named_state
-from .pretrained import write_by_rank_0
+from .pretrained import Written, write_by_rank_0
 from .record import Record, record_of, unit_of
-from .state import state_for_pickle
+from .state import attribute, state_for_pickle
 
 ModuleT = TypeVar("ModuleT", bound="ShardedModule")
 _WRAPPER = "module."
@@ -296,7 +297,8 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     """``model.save_pretrained(save_directory, ...)`` with its own arguments, written by rank 0 alone.  Collective.
 
     For models of any package that has this method, with parts of their values on other ranks, also those inside a
-    sharded model and around one; a tokenizer is written by rank 0, too.  The files are what the package writes for a
+    sharded model and around one, and for what holds such models, as a pipeline does, or averages of their parameters;
+    a tokenizer is written by rank 0, too.  The files are what the package writes for a
     model of one process; those of a new folder appear all at once, others one by one, each whole.  No rank has whole
     tensors in memory that are not in a file of rank 0's as well, beside what the method itself copies.
 
@@ -316,12 +318,58 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     ctx = context()
     if ctx.world_size > 1:
         engine().meet(f"save_pretrained of {kind.__name__}")
-    state = None
-    with ctx.diary.saving():
-        if isinstance(model, nn.Module):
-            level_statistics(model)
-            state = None if comes_in_turn(model) else model.state_dict()
-        write_by_rank_0(model, own, state, save_directory, args, kwargs)
+    with ctx.diary.saving(), _whole_attributes(model), gathered(_beside_a_frozen_model(model)):
+        models = [model] if isinstance(model, nn.Module) else _sharded_in(model)
+        for each in models:
+            level_statistics(each)
+        written = [
+            Written(each, None if comes_in_turn(each) else each.state_dict(), _own_method(each, model))
+            for each in models
+        ]
+        write_by_rank_0(own, written, save_directory, args, kwargs)
+
+
+def _sharded_in(holder: object) -> list[nn.Module]:
+    """The models with sharded parameters that an object, which is none itself, holds as attributes."""
+    held = list(getattr(holder, "__dict__", {}).values())
+    for value in list(held):
+        if isinstance(value, Mapping):
+            held += value.values()
+        elif isinstance(value, list | tuple):
+            held += value
+    modules = {id(value): value for value in held if isinstance(value, nn.Module)}
+    return [m for m in modules.values() if any(isinstance(inner, ShardedModule) for inner in m.modules())]
+
+
+def _beside_a_frozen_model(model: object) -> list[nn.Parameter]:
+    """What trains outside of the blocks of a model of which the rest is frozen, as prompts: its method may run that."""
+    unit = unit_of(model) if isinstance(model, ShardedModule) else None
+    if unit is None or all(p.requires_grad for p in model.parameters()):  # type: ignore[attr-defined]
+        return []
+    return [p for flat in unit.flats for p in flat.params if p.requires_grad]
+
+
+@contextmanager
+def _whole_attributes(holder: object) -> Iterator[None]:
+    """What an object that is no model holds in parts, as averages of parameters, is whole inside.  Collective."""
+    held = {} if isinstance(holder, nn.Module) else getattr(holder, "__dict__", {})
+    in_parts = {
+        name: value
+        for name, value in held.items()
+        if any(isinstance(leaf, ShardedTensor) for leaf in tree_leaves(value))
+    }
+    with ExitStack() as whole:
+        for name, value in in_parts.items():
+            joined = tree_map(lambda x: unsliced(x) if isinstance(x, ShardedTensor) else x, value)
+            whole.enter_context(attribute(holder, name, joined))
+        yield
+
+
+def _own_method(module: nn.Module, written: object) -> Callable[..., object] | None:
+    """The package's ``save_pretrained`` of a module that is written as part of something else."""
+    kind = next(c for c in type(module).__mro__ if not issubclass(c, ShardedModule))
+    method = getattr(kind, "save_pretrained", None)
+    return None if module is written or method is None else partial(method, module)
 
 
 def _is_of_all_ranks(method: Callable[..., object]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -76,13 +76,13 @@ class Entry:
         present = None
         if self.is_copied:
             present = Entry.of(self.holder | {self.name: self.value}, self.name, True).content
-            _fill(self.value, self.content)
+            _fill_where_moved(self.value, self.content)
         try:
             with _held(self.holder, self.name, self.value):
                 yield
         finally:
             if present is not None:
-                _fill(self.value, present)
+                _fill_where_moved(self.value, present)
 
 
 class State:
@@ -157,9 +157,9 @@ def state_for_pickle(module: nn.Module) -> dict[str, object]:
     return found
 
 
-def attribute(module: nn.Module, name: str, value: object) -> AbstractContextManager[None]:
-    """An attribute of ``module`` itself inside the ``with``."""
-    return _held(module.__dict__, name, value)
+def attribute(owner: object, name: str, value: object) -> AbstractContextManager[None]:
+    """An attribute of ``owner`` itself, as a module, inside the ``with``."""
+    return _held(owner.__dict__, name, value)
 
 
 @contextmanager
@@ -198,8 +198,15 @@ def _fill(value: Any, content: Any) -> None:
     if is_generator(value):
         set_generator_state(value, content)
         return
-    value.clear()
-    (value.update if isinstance(value, (dict, set)) else value.extend)(content)
+    kind: Any = next(kind for kind in (OrderedDict, *_CONTAINERS) if isinstance(value, kind))
+    kind.clear(value)  # of the kind itself: a class that freezes its items may refuse it
+    (kind.update if isinstance(value, dict | set) else kind.extend)(value, content)
+
+
+def _fill_where_moved(value: Any, content: Any) -> None:
+    """The same; a container that holds what it held is not touched."""
+    if not isinstance(value, _CONTAINERS) or not _same(value, content):
+        _fill(value, content)
 
 
 def _same(value: Any, content: Any) -> bool:

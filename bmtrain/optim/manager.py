@@ -150,6 +150,11 @@ class OptimManager:
         self.lr_schedulers.append(lr_scheduler)
 
     @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all optimizers it drives, in their order: their own dicts, so that rates may be set there."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
     def loss_scale_enabled(self) -> bool:
         """Whether the loss scale follows overflows."""
         return self._scale is not None

@@ -19,6 +19,7 @@ _ALWAYS_RUN = (
     ast.Tuple, ast.List, ast.Dict,
 )  # fmt: skip
 """Nodes that evaluate everything below them, once."""
+_CHANGE_A_LIST = {"append", "extend", "insert", "pop", "popleft", "remove", "clear", "add", "discard"}
 _EVERYWHERE = {"print", "super", "set_postfix", "set_description", "update", "set_epoch", "train", "eval"}
 
 
@@ -158,7 +159,17 @@ def _runs_everywhere(file: File, facts: Facts, call: ast.Call) -> bool:
         return True
     if isinstance(call.func, ast.Attribute) and _is_another_on_one_rank(file, facts, call.func.value):
         return False
-    return name.split(".")[-1] in _EVERYWHERE or name.startswith("bmt.")
+    return name.split(".")[-1] in _EVERYWHERE or name.startswith("bmt.") or _changes_what_decides(file, call)
+
+
+def _changes_what_decides(file: File, call: ast.Call) -> bool:
+    """Whether a call changes a list that a test of the same function asks: ``while queue: queue.pop()``."""
+    match call.func:
+        case ast.Attribute(value=ast.Name(id=held), attr=name) if name in _CHANGE_A_LIST:
+            around = walk(file.names.function_of(call) or file.tree)
+            tests = [node.test for node in around if isinstance(node, (ast.If, ast.While))]
+            return any(isinstance(item, ast.Name) and item.id == held for test in tests for item in walk(test))
+    return False
 
 
 def _is_another_on_one_rank(file: File, facts: Facts, node: ast.expr) -> bool:

@@ -83,6 +83,11 @@ def positional(function: Function) -> list[str]:
     return [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
 
 
+def all_arguments(call: ast.Call) -> list[ast.expr]:
+    """What a call is given, with and without a keyword."""
+    return [*call.args, *(keyword.value for keyword in call.keywords)]
+
+
 def item_of(loop: ast.For, given: Callable[[ast.Name], list[ast.expr]] | None = None) -> ast.expr:
     """What a loop calls an item, without the number that ``enumerate`` or a ``zip`` with ``range(9)`` gives it.
 

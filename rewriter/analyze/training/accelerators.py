@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.names import Import
 from rewriter.analyze.read.nodes import dotted, is_backward, walk
 from rewriter.analyze.training.roles import Var
@@ -16,6 +16,8 @@ from rewriter.analyze.training.scripts import Scripts
 CLASSES = {"accelerate.Accelerator", "accelerate.accelerator.Accelerator"}
 SKIPS = {"accelerate.skip_first_batches", "accelerate.data_loader.skip_first_batches"}
 PREPARES = {"prepare", "prepare_model", "prepare_optimizer", "prepare_scheduler", "prepare_data_loader"}
+TESTS = "accelerate.test_utils."
+"""What its own tests take instead of data."""
 EVALUATED = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 """What a loader of data that is not trained on is called."""
 
@@ -26,6 +28,7 @@ _ASKED_FOR_BY = {
     "prepare_model": "mixed_precision", "gradient_accumulation_steps": "gradient_accumulation_steps",
     "backward": "gradient_accumulation_steps", "accumulate": "gradient_accumulation_steps",
     "sync_gradients": "gradient_accumulation_steps", "project_dir": "project_dir", "init_trackers": "project_dir",
+    "logging_dir": "logging_dir",
 }  # fmt: skip
 """Which attributes need to know what the Accelerator was told for a keyword."""
 _LOADER = re.compile(r"loader|^(?:\w+_)?dl$|^(?:\w+_)?(?:data|batches)$", re.I)
@@ -81,6 +84,7 @@ class Accelerators:
             and isinstance(node.ctx, ast.Load)
             and last_name(node) in self.names
             and self._is_bound_by_value(file, node)
+            and not self.project.external(file, node)  # as torch.accelerator
         )
 
     def holders(self) -> set[File]:
@@ -105,7 +109,7 @@ class Accelerators:
         call = file.names.parents[parent] if isinstance(parent, ast.keyword) else parent
         if not isinstance(call, ast.Call):
             return False
-        found = self.project.resolve(file, call.func)
+        found = self._called(file, call.func)
         function = found if isinstance(found, FunctionInfo) else None
         if isinstance(found, ClassInfo):
             method = self.scripts.classes.method(found, "__init__")
@@ -118,6 +122,15 @@ class Accelerators:
             return parent.arg in self.names
         index, listed = call.args.index(node), function.parameters
         return index < len(listed) and listed[index] in self.names
+
+    def _called(self, file: File, func: ast.expr) -> object:
+        """What is called; of two, of which one is accelerate's own for its tests, the other."""
+        found = self.project.resolve(file, func)
+        if found is None and isinstance(func, ast.Name):
+            meanings = self.project.meanings(file, func)
+            others = [m for m in meanings if not (isinstance(m, External) and m.name.startswith(TESTS))]
+            return others[0] if len(others) == 1 and len(meanings) > 1 else None
+        return found
 
     # What it was told -----------------------------------------------------
 
@@ -162,10 +175,29 @@ class Accelerators:
             given, found = True, found + items
         return found if given else None
 
+    @cached_property
+    def _folders(self) -> dict[str, tuple[File, ast.expr]]:
+        """What a ``ProjectConfiguration`` that it is told says of folders."""
+        found = self.options.get("project_config", [])
+        if not found or _is_nothing(found[0][1]):
+            return {}
+        file, value = found[0]
+        roles = self.scripts.roles[file]
+        if isinstance(value, (ast.Name, ast.Attribute)):
+            made = [given for v, given, _, part in roles.assignments if v == roles.var(value) and not part]
+            value = made[0] if len(made) == 1 else value
+        if not isinstance(value, ast.Call) or last_name(value.func) != "ProjectConfiguration":
+            return {}
+        names = [*zip(("project_dir", "logging_dir"), value.args, strict=False)]
+        names += [(keyword.arg, keyword.value) for keyword in value.keywords if keyword.arg is not None]
+        return {name: (file, item) for name, item in names if not _is_nothing(item)}
+
     def option(self, name: str) -> tuple[File, ast.expr] | None:
         """What it was told for a keyword, where that is one thing and not the same as nothing."""
         values = self.options.get(name, [])
-        return values[0] if values and not _is_nothing(values[0][1]) else None
+        if values and not _is_nothing(values[0][1]):
+            return values[0]
+        return self._folders.get(name)
 
     def is_known(self, name: str, file: File, node: ast.AST) -> bool:
         """Whether what it was told for a keyword means the same at a node."""

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import children, dotted, held_in, loss_of, positional, walk, walk_own
+from rewriter.analyze.read.nodes import all_arguments, children, dotted, held_in, loss_of, positional, walk, walk_own
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
@@ -42,6 +42,8 @@ _LOCAL_METHODS = {
     "add_module", "extra_repr",
 }  # fmt: skip
 _COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
+_COLLECTING = {"append", "extend", "update", "add", "insert", "setdefault", "put", "add_param_group"}
+"""Methods that only keep what they are given."""
 _SAVING = re.compile(r"^save(?!\w*image)|^checkpoint$|_checkpoint$")
 _BARRIERS = {"torch.distributed.barrier", "bmtrain.synchronize"}
 _MAKE_WHOLE = {"bmtrain.total", "bmtrain.sum_loss", "bmtrain.gather_samples"}
@@ -224,7 +226,8 @@ class Collectives:
             if found.name == "torch.save":
                 return self._holds_model(file, call)
             if not found.name.startswith(_WITHOUT_MODELS):
-                return any(roles.is_model(argument) for argument in call.args)
+                given = found.name.split(".")[-1] not in _COLLECTING and roles.gives_parameters(call)
+                return given or any(map(roles.is_model, all_arguments(call)))
             return False
         if isinstance(call.func, ast.Attribute):
             return self._method(file, call, call.func)
@@ -242,13 +245,21 @@ class Collectives:
         )
 
     def _runs_given_model(self, file: File, call: ast.Call, function: FunctionInfo) -> bool:
-        """Whether a function of the project runs a model that it is given: ``print_summary(net, inputs)``."""
+        """Whether a function of the project runs a model that it is given, ``print_summary(net, inputs)``, or gives it
+        to what a package makes, which may run it: ``pipeline = Pipeline(unet=net)``.
+        """
         given = dict(zip(positional(function.node), call.args, strict=False))
         given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
         models = {name for name, value in given.items() if self.roles[file].is_model(value)}
-        return bool(models) and any(
-            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in models
-            for node in walk(function.node)
+        calls = [node for node in walk(function.node) if isinstance(node, ast.Call)] if models else []
+        return any(
+            (isinstance(node.func, ast.Name) and node.func.id in models)
+            or (
+                any(isinstance(value, ast.Name) and value.id in models for value in all_arguments(node))
+                and (name := self.project.external(function.file, node.func)) != ""
+                and not name.startswith((*_WITHOUT_MODELS, "bmtrain."))
+            )
+            for node in calls
         )
 
     def _may_run(self, file: File, func: ast.expr, deep: int = 0) -> bool:
@@ -302,14 +313,20 @@ class Collectives:
                 if method is not None:
                     return self.function(method[0].file, method[1])
                 return self._may_run(file, func)
-        if self._runs([*self.instances.methods(file, func), *self.instances.called(file, func)]):
+        known = [*self.instances.methods(file, func), *self.instances.called(file, func)]
+        if self._runs(known):
+            return True
+        if not known and name not in _COLLECTING and roles.gives_parameters(call):  # reads or writes them
             return True
         return self._may_run(file, func)
 
     def saves_for_package(self, file: File, call: ast.Call) -> bool:
-        """``saver.save_checkpoint(epoch)`` of an object that a package makes of the model, such as timm's."""
+        """``saver.save_checkpoint(epoch)`` of an object that a package makes of the model, such as timm's.
+
+        ``save_pretrained`` of such a one is all ranks' to call: it becomes bmtrain's, which finds the model in it.
+        """
         func = call.func
-        if not isinstance(func, ast.Attribute) or not _SAVING.search(func.attr):
+        if not isinstance(func, ast.Attribute) or not _SAVING.search(func.attr) or func.attr == "save_pretrained":
             return False
         if not isinstance(func.value, (ast.Name, ast.Attribute)) or self.roles[file].is_model(func.value):
             return False
@@ -336,7 +353,7 @@ class Collectives:
             return False
         if len(call.args) > 2 or any(isinstance(item, ast.Starred) for item in call.args):
             return False
-        own_state, model = of_own_state(call), unwrapped(func.value) or func.value
+        own_state, model = of_own_state(roles, call), unwrapped(func.value) or func.value
         if any(keyword.arg == "state_dict" and keyword is not own_state for keyword in call.keywords):
             return False
         if roles.is_model(model):
@@ -422,16 +439,27 @@ _DIST_COLLECTIVES = {
 }  # fmt: skip
 
 
-def of_own_state(call: ast.Call) -> ast.keyword | None:
+def of_own_state(roles: Roles, call: ast.Call) -> ast.keyword | None:
     """The keyword of ``model.save_pretrained(path, state_dict=model.state_dict())`` that says no more than without."""
     for keyword in call.keywords:
         match keyword.value, call.func:
             case ast.Call(func=ast.Attribute(value=given, attr="state_dict"), args=[], keywords=[]), ast.Attribute(
                 value=receiver
             ):
-                same = dotted(given) is not None and dotted(given) == dotted(receiver)
+                path = dotted(given)
+                same = path is not None and path in {dotted(receiver), _other_name(roles, receiver)}
                 return keyword if same and keyword.arg == "state_dict" else None
     return None
+
+
+def _other_name(roles: Roles, node: ast.expr) -> str | None:
+    """``model`` for ``inner`` of ``inner = model``, where ``model`` is given nothing else from there on."""
+    made = [(value, statement) for v, value, statement, _ in roles.assignments if v == roles.var(node)]
+    if len(made) != 1 or not isinstance(made[0][0], (ast.Name, ast.Attribute)):
+        return None
+    value, statement = made[0]
+    since = (other for v, _, other, _ in roles.assignments if v == roles.var(value))
+    return dotted(value) if all(other.lineno < statement.lineno for other in since) else None
 
 
 # Rank guards --------------------------------------------------------------------------------------------------

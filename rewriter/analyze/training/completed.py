@@ -71,7 +71,7 @@ def is_adapted(project: Project, file: File, roles: Roles, call: ast.Call) -> Va
     return roles.var(given[0]) if given else None
 
 
-def is_wrapped_in(project: Project, file: File, roles: Roles, variable: Var, statement: ast.stmt) -> bool:
+def is_wrapped_in(project: Project, file: File, roles: Roles, variable: Var | None, statement: ast.AST) -> bool:
     """``model = bmt.BMTrainModelWrapper(model)``, and the like with an adapter inside."""
     match statement:
         case ast.Assign(targets=[target], value=ast.Call(args=[given]) as call):

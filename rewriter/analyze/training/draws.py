@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from rewriter.analyze.read.file import File
@@ -16,6 +17,8 @@ _IN_PLACE = {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "lo
 _TORCH = ("torch.", "torch.nn.functional.")
 _OF_POLICIES = {"multinomial", "gumbel_softmax"}
 _OF_DISTRIBUTIONS = {"sample", "rsample", "sample_n"}
+_DISTRIBUTION = re.compile(r"dist(?:ribution)?$|posterior|^q_?z", re.I)
+"""What a distribution is called that is made of a batch: ``vae.encode(images).latent_dist``."""
 _NUMPY_SIZED = {
     "rand", "randn", "randint", "random", "random_sample", "random_integers", "normal", "uniform", "permutation",
     "choice", "standard_normal", "binomial", "exponential", "beta", "gamma", "poisson", "laplace", "lognormal",
@@ -134,6 +137,9 @@ def _draws(file: File, scripts: Scripts, flow: Flow, sizes: set[str], call: ast.
         inner = where.value
         asked = [*inner.args, *([inner.func.value] if isinstance(inner.func, ast.Attribute) else [])]
         return any(_counts(flow, sizes, item) or _is_of_batch(flow, item) for item in asked)
+    if isinstance(where, ast.Attribute) and where.attr in _OF_DISTRIBUTIONS:
+        named = where.value.attr if isinstance(where.value, ast.Attribute) else dotted(where.value) or ""
+        return bool(_DISTRIBUTION.search(named)) and _is_of_batch(flow, where.value)
     return False
 
 

@@ -9,13 +9,14 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, loss_of, walk, walk_own
+from rewriter.analyze.read.nodes import all_arguments, dotted, loss_of, walk, walk_own
 from rewriter.analyze.read.project import Project
 
 Var = tuple[ast.AST, str]
 _MODEL_NAMES = re.compile(
     r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I
 )
+_PLAIN_TYPES = {"str", "int", "bool", "float", "Path", "PathLike", "os"}
 _MODEL_ITSELF = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)$", re.I)
 LOSS_CALL = re.compile(r"loss|criterion|^crit$|cross_entropy|nll|mse|objective", re.I)
 _OWN_STEP = re.compile(r"self\.\w*opt\w*\.step$", re.I)
@@ -246,7 +247,9 @@ class Roles:
 
     @cached_property
     def displayed(self) -> dict[Var, list[ast.expr]]:
-        """``o`` of ``for o in (opt_a, opt_b): o.step()``, which is nothing but cleared and stepped, with these two."""
+        """``o`` of ``for o in (opt_a, opt_b): o.step()``, which is only cleared, stepped and asked for its groups,
+        with these two.
+        """
         return {v: held for v, held in self._displayed.items() if {self.var(item) for item in held} <= self.optimizers}
 
     @cached_property
@@ -259,15 +262,18 @@ class Roles:
                     found.setdefault(variable, []).extend(held.elts)
         for node in self.file.nodes:
             if isinstance(node, ast.Name) and (variable := self.var(node)) in found and variable is not None:
-                if isinstance(node.ctx, ast.Load) and not self._is_cleared_or_stepped(node):
+                if isinstance(node.ctx, ast.Load) and not self._is_what_managers_do(node):
                     del found[variable]
         assigned = {variable for variable, *_ in self.assignments}
         named = {v for v, held in found.items() if all(isinstance(one, (ast.Name, ast.Attribute)) for one in held)}
         return {v: found[v] for v in named - assigned}
 
-    def _is_cleared_or_stepped(self, node: ast.expr) -> bool:
+    def _is_what_managers_do(self, node: ast.expr) -> bool:
+        """Whether an optimizer is cleared or stepped, or asked for its groups."""
         parents = self.file.names.parents
         match parents[node]:
+            case ast.Attribute(attr="param_groups", ctx=ast.Load()):
+                return True
             case ast.Attribute(attr="zero_grad" | "step" as attr) as func:
                 call = parents[func]
                 return isinstance(call, ast.Call) and call.func is func and (attr == "zero_grad" or not call.args)
@@ -466,6 +472,7 @@ class Roles:
                 found[variable] = None
         named = [node for node in self.file.nodes if isinstance(node, ast.Name) and _MODEL_NAMES.match(node.id)]
         arguments = {given for node in named if (given := self.var(node)) and self.is_argument(given)}
+        arguments = {given for given in arguments if not self._is_plain_argument(given)}
         found.update((v, None) for v in arguments if v not in found and _MODEL_ITSELF.match(v[1]))
         for _ in range(4):
             before = len(found), sum(value is not None for value in found.values())
@@ -483,6 +490,22 @@ class Roles:
         """Whether a variable is a function's argument."""
         scope = self.file.names.scopes.get(variable[0])
         return scope is not None and any(isinstance(b.node, ast.arg) for b in scope.bindings.get(variable[1], []))
+
+    def _is_plain_argument(self, variable: Var) -> bool:
+        """Whether an argument is said to be a text, a path or a number: the name of a model, not one."""
+        if not isinstance(variable[0], (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return False
+        own = variable[0].args
+        listed = [*own.posonlyargs, *own.args]
+        defaults = dict(zip([arg.arg for arg in reversed(listed)], reversed(own.defaults), strict=False))
+        defaults |= {arg.arg: value for arg, value in zip(own.kwonlyargs, own.kw_defaults, strict=True) if value}
+        default = defaults.get(variable[1])
+        if isinstance(default, ast.Constant) and isinstance(default.value, str):
+            return True
+        notes = [arg.annotation for arg in (*listed, *own.kwonlyargs) if arg.arg == variable[1] and arg.annotation]
+        notes += [default] if isinstance(default, ast.Name) else []
+        named = [{n.id for n in walk(note) if isinstance(n, ast.Name)} - {"Optional", "Union"} for note in notes]
+        return any(names and names <= _PLAIN_TYPES for names in named)
 
     def _model_value(self, value: ast.expr, known: dict[Var, ClassInfo | None]) -> tuple[bool, ClassInfo | None]:
         """Whether an expression yields a model."""
@@ -518,6 +541,16 @@ class Roles:
     def model_class(self, node: ast.AST) -> ClassInfo | None:
         variable = self.var(node)
         return self.models.get(variable) if variable is not None else None
+
+    def gives_parameters(self, call: ast.Call) -> bool:
+        """Whether a call is given a model's parameters, ``ExponentialMovingAverage(model.parameters())``."""
+        return any(
+            isinstance(item, ast.Call)
+            and isinstance(item.func, ast.Attribute)
+            and item.func.attr in {"parameters", "named_parameters"}
+            and self.is_model(item.func.value)
+            for item in all_arguments(call)
+        )
 
     # Losses ----------------------------------------------------------------------------------------------------
 

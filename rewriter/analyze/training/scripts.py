@@ -610,14 +610,31 @@ class Scripts:
     def in_kept_guard(self, file: File, node: ast.AST) -> bool:
         """Whether only one rank reaches a node, after conversion."""
         opened = self.opened_guards(file)
-        child = node
-        for parent in file.names.ancestors(node):
-            if isinstance(parent, ast.If) and any(child is item for item in parent.body) and parent not in opened:
-                guard = as_guard(file, parent)
-                if guard is not None and not guard.either:
-                    return True
-            child = parent
-        return False
+        return any(guard not in opened for guard in _guards_around(file, node))
+
+    def in_function_of_one_rank(self, file: File, node: ast.AST) -> bool:
+        """Whether a node's function is called in rank guards alone, and needs no other rank: of guards that open, too,
+        such calls are left to one rank.
+        """
+        function = file.names.function_of(node)
+        if function is None or file.names.class_of(function) is not None or self.collectives.function(file, function):
+            return False
+        calls = list(self.collectives.instances.calls(file, function))
+        return bool(calls) and all(
+            isinstance(other.names.parents[call], ast.Expr) and any(_guards_around(other, call))
+            for other, call in calls
+        )
+
+
+def _guards_around(file: File, node: ast.AST) -> Iterator[ast.If]:
+    """The rank guards in whose body a node stands."""
+    child = node
+    for parent in file.names.ancestors(node):
+        if isinstance(parent, ast.If) and any(child is item for item in parent.body):
+            guard = as_guard(file, parent)
+            if guard is not None and not guard.either:
+                yield parent
+        child = parent
 
 
 class _Roles(dict[File, Roles]):

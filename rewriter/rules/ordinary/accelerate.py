@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import File
+from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.accelerators import (
     CLASSES,
     PREPARES,
     SKIPS,
+    TESTS,
     Accelerators,
     last_name,
     targets,
@@ -59,7 +60,7 @@ _HARMLESS_HANDLERS = {"DistributedDataParallelKwargs", "InitProcessGroupKwargs"}
 _PURE = {
     "DistributedType", "ProjectConfiguration", "DistributedDataParallelKwargs", "InitProcessGroupKwargs",
     "DataLoaderConfiguration", "GradientAccumulationPlugin", "send_to_device", "convert_outputs_to_fp32", "Accelerator",
-    "__version__", "check_min_version", "LoggerType",
+    "__version__", "check_min_version", "LoggerType", "find_executable_batch_size", "release_memory",
 }  # fmt: skip
 """Names of accelerate that mean the same without an Accelerator."""
 _IS_THERE = re.compile(r"is_\w+_available")
@@ -74,10 +75,22 @@ _CONSTANTS = {
 }
 _INDEX = {"process_index", "local_process_index"}
 _LEFT_OUT = {"wait_for_everyone": "{bmt}.synchronize()", "free_memory": "", "clear": "", "unscale_gradients": ""}
+_OWN = {"trackers": {"trackers", "get_tracker"}, "trigger": {"set_trigger", "check_trigger"}}
+"""What stands for an Accelerator has as attributes, and the names that need them."""
+_PLUGINS = {"deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin", "torch_tp_plugin"}
+"""What an engine's state is asked for, and has not."""
 _NO_LENGTH = {"islice", "iter", "cycle", "chain", "map", "filter", "zip", "enumerate"}
 """What gives batches and does not know how many."""
 _STATES = {"model": "pytorch_model", "optimizer": "optimizer", "scheduler": "scheduler"}
 """What accelerate calls the files of a state."""
+_REPEATABLE = {"join", "str", "format", "Path", "int", "split", "splitext", "basename"}
+_OF_PLAIN_TESTS = (
+    ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp,
+    ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop,
+)  # fmt: skip
+"""What a test is made of that may be asked again."""
+_UNNUMBERED = -1
+"""For what follows a part that may not be there."""
 _RANDOM_FILE = '"random_states_0.pkl"'
 _RANDOM = {
     "random_state": ("random.getstate", "random.setstate"),
@@ -108,6 +121,12 @@ class _Uses:
         self.seen: list[ast.AST] = []
         self._counted: set[ast.For] = set()
         self._dropped: dict[ast.Call, list[ast.keyword]] = {}
+
+    def _new(self, name: str) -> str:
+        """A name for what the new code holds; another one where the file gives this name to something."""
+        while any(name in scope.bindings for scope in self.file.names.scopes.values()):
+            name += "_"
+        return name
 
     def refuse(self, node: ast.AST, message: str) -> None:
         self.reasons.append((getattr(node, "lineno", 1), message))
@@ -149,14 +168,17 @@ class _Uses:
 
     def _held_values(self, statement: ast.Assign | ast.AnnAssign) -> Iterator[Change]:
         """The name that is handed on means what the Accelerator was told, where that is asked for elsewhere."""
-        values = {name: self.held.options[name][0] for name in sorted(self.held.asked_elsewhere)}
+        found = {name: self.held.option(name) for name in sorted(self.held.asked_elsewhere)}
+        values = {name: value for name, value in found.items() if value is not None}
+        own = {"trackers": "[]", "trigger": "False"}
+        first = [f"{name}={value}" for name, value in own.items() if self._has_own(name)]
         (target,) = targets(statement)
-        if not values:
+        if not values and not first:
             yield ReplaceStatement(statement, template("{target} = None", target=target))
         elif any(file is not self.file for file, _ in values.values()):
             self.refuse(statement, "what the Accelerator is told stands in another file")
         else:
-            given = ", ".join(f"{name}={{{name}}}" for name in values)
+            given = ", ".join([*(f"{name}={{{name}}}" for name in values), *first])
             holes = {name: value for name, (_, value) in values.items()}
             code = f"{{target}} = types.SimpleNamespace({given})"
             yield from imports(self.file, "types")
@@ -165,8 +187,21 @@ class _Uses:
     @cached_property
     def _is_handed_on(self) -> bool:
         """Whether the Accelerator itself stands anywhere, so that its name must mean something."""
-        return bool(self.held.asked_elsewhere) or any(
-            self.held.is_one(file, node) and not isinstance(file.names.parents[node], ast.Attribute)
+        return (
+            bool(self.held.asked_elsewhere)
+            or any(map(self._has_own, _OWN))
+            or any(
+                (self.held.is_one(file, node) and not isinstance(file.names.parents[node], ast.Attribute))
+                or (isinstance(node, (ast.Nonlocal, ast.Global)) and self.held.names & set(node.names))
+                for file in self.held.files
+                for node in file.nodes
+            )
+        )
+
+    def _has_own(self, name: str) -> bool:
+        """Whether what stands for the Accelerator needs an attribute of its own: it is asked for, or set."""
+        return any(
+            isinstance(node, ast.Attribute) and node.attr in _OWN[name] and self.held.is_one(file, node.value)
             for file in self.held.files
             for node in file.nodes
         )
@@ -194,8 +229,8 @@ class _Uses:
             if handlers - _HARMLESS_HANDLERS:
                 return f"kwargs_handlers={self.file.source.code(value)} is an engine's"
         if name == "project_config":
-            for item in walk(value):
-                if isinstance(item, ast.keyword) and item.arg not in {"project_dir", "logging_dir"}:
+            for item in (item for code in (value, *self._values_of(value)) for item in walk(code)):
+                if isinstance(item, ast.keyword) and item.arg not in {"project_dir", "logging_dir", "total_limit"}:
                     return f"ProjectConfiguration({item.arg}=...) names folders by itself: name them in the script"
         if name == "step_scheduler_with_optimizer" and constant is not True:
             return "step_scheduler_with_optimizer is not known"
@@ -206,11 +241,14 @@ class _Uses:
         """Whether the code itself says where logs go; an option that does is looked at when the tracker starts."""
         return not (isinstance(value, (ast.Name, ast.Attribute)) and not last_name(value).isupper())
 
-    def _made_by(self, node: ast.Name) -> Iterator[str]:
+    def _values_of(self, node: ast.expr) -> Iterator[ast.expr]:
+        """What a variable of this file is given."""
         roles = self.facts.scripts.roles[self.file]
-        for variable, value, _, _ in roles.assignments:
-            if variable == roles.var(node) and isinstance(value, ast.Call):
-                yield last_name(value.func)
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            yield from (value for variable, value, _, _ in roles.assignments if variable == roles.var(node))
+
+    def _made_by(self, node: ast.Name) -> Iterator[str]:
+        yield from (last_name(value.func) for value in self._values_of(node) if isinstance(value, ast.Call))
 
     def _itself(self, node: ast.expr) -> Iterator[Change]:
         """The Accelerator where it is handed on, or asked whether it is one."""
@@ -261,7 +299,7 @@ class _Uses:
             else:
                 self.refuse(node, f"{self.file.source.code(node)}(...) has no counterpart in an ordinary loop")
         elif not isinstance(node.ctx, ast.Load):
-            self.refuse(node, f"{self.file.source.code(node)} is set")
+            yield from self._set(node)
         elif node.attr in _CONSTANTS:
             if not self._is_dropped(node):
                 yield from self._code(node, _CONSTANTS[node.attr])
@@ -281,10 +319,39 @@ class _Uses:
                 yield from self._code(node, "torch.save")
         elif node.attr == "unwrap_model":  # handed on as a function
             yield replace(node, "(lambda model, **_: model)")
+        elif node.attr in {"project_dir", "logging_dir"} and (told := self._told(node.attr, node)) is not None:
+            yield replace(node, told)
+        elif node.attr == "trackers":
+            yield from ()  # a list of its own, which init_trackers fills
         elif node.attr == "state" and isinstance(call, ast.Call) and self._alone(call):
             yield Remove(self.file.names.statement_of(call))  # a line of the log about the engine
+        elif node.attr == "state" and (asked := self._asked_of_state(node)) is not None:
+            yield replace(asked, "None")
         else:
             self.refuse(node, f"{self.file.source.code(node)} has no counterpart in an ordinary loop")
+
+    def _set(self, node: ast.Attribute) -> Iterator[Change]:
+        """``accelerator.native_amp = False`` on a Mac, which no rank is."""
+        statement = self.file.names.statement_of(node)
+        tests = [parent.test for parent in self.file.names.ancestors(statement) if isinstance(parent, ast.If)]
+        asked = [self.project.external(self.file, test.func) for test in tests if isinstance(test, ast.Call)]
+        if node.attr == "native_amp" and "torch.backends.mps.is_available" in asked:
+            yield Remove(statement)
+        else:
+            self.refuse(node, f"{self.file.source.code(node)} is set")
+
+    def _asked_of_state(self, node: ast.expr) -> ast.expr | None:
+        """What asks the engine's state for its plugin; there is none."""
+        match self.file.names.parents[node]:
+            case ast.Attribute(attr=name) as asked if name in _PLUGINS:
+                return asked
+            case (
+                ast.Call(
+                    func=ast.Name(id="getattr"), args=[state, ast.Constant(value=name), ast.Constant(value=None)]
+                ) as asked
+            ):
+                return asked if state is node and name in _PLUGINS else None
+        return None
 
     def _alone(self, call: ast.Call) -> bool:
         statement = self.file.names.statement_of(call)
@@ -535,7 +602,11 @@ class _Uses:
         if any(name in _NO_LENGTH for name in self._made_of(inner)):
             return None
         if not enumerated:
-            return None if isinstance(loop.iter, ast.Call) and last_name(loop.iter.func) == "enumerate" else "index"
+            return (
+                None
+                if isinstance(loop.iter, ast.Call) and last_name(loop.iter.func) == "enumerate"
+                else self._new("index")
+            )
         target = loop.target
         name = target.elts[0].id if isinstance(target, ast.Tuple) and isinstance(target.elts[0], ast.Name) else ""
         inside = (item for statement in loop.body for item in walk(statement))
@@ -661,26 +732,94 @@ class _Uses:
         yield from self._code(call, line, model=model, folder=folder)
 
     def _save_state_call(self, call: ast.Call) -> Iterator[Change]:
-        lines = ["os.makedirs({folder}, exist_ok=True)"]
-        for name, file in self._parts(call):
-            lines.append(f'torch.save({name}.state_dict(), os.path.join({{folder}}, "{file}"))')
+        lines, unsaved = ["os.makedirs({folder}, exist_ok=True)"], self._new("unsaved")
+        parts = self._parts(call)
+        hooks = [self.file.source.code(hook) for hook in self._hooks(call, "register_save_state_pre_hook")]
+        if hooks:
+            models = self._listed(parts, lines)
+            lines.append(f"{unsaved} = [None] * len({models})  # from which a hook takes what it has saved")
+            lines += [f"{hook}({models}, {unsaved}, {{folder}})" for hook in hooks]
+        for name, file, test in parts:
+            saved = f'torch.save({name}.state_dict(), os.path.join({{folder}}, "{file}"))'
+            tests = [test] if test else []
+            if hooks and file.startswith(_STATES["model"]):
+                tests.append(f"{{bmt}}.agree(len({unsaved}) > {_number_of(file)})")
+            lines += _under(tests, [saved])
         random = ", ".join(f'"{name}": {read}()' for name, (read, _) in _RANDOM.items())
         lines.append(f"torch.save({{{random}}}, os.path.join({{folder}}, {_RANDOM_FILE}))")
         yield from self._state(call, "output_dir", lines)
 
     def _load_state_call(self, call: ast.Call) -> Iterator[Change]:
-        lines = []
-        for name, file in self._parts(call):
+        lines: list[str] = []
+        unread, weights, drawn = self._new("unread"), self._new("state_file"), self._new("drawn")
+        parts = self._parts(call)
+        hooks = [self.file.source.code(hook) for hook in self._hooks(call, "register_load_state_pre_hook")]
+        if hooks:
+            lines.append(f"{unread} = [*{self._listed(parts, lines)}]  # from which a hook takes what it has read")
+            lines += [f"{hook}({unread}, {{folder}})" for hook in hooks]
+        for name, file, test in parts:
+            tests = [test] if test else []
+            own: list[str] = []
             state = f'torch.load(os.path.join({{folder}}, "{file}"), map_location="cpu")'
             if file.startswith(_STATES["model"]):  # what accelerate itself has written
                 safe = file.replace(".bin", ".safetensors").replace(_STATES["model"], "model")
-                lines.append(f'weights = os.path.join({{folder}}, "{safe}")')
-                state = f"safetensors.torch.load_file(weights) if os.path.exists(weights) else {state}"
+                own.append(f'{weights} = os.path.join({{folder}}, "{safe}")')
+                if hooks:
+                    tests.append(f"len({unread}) > {_number_of(file)}")
+                state = f"safetensors.torch.load_file({weights}) if os.path.exists({weights}) else {state}"
                 yield Import("import safetensors.torch")
-            lines.append(f"{name}.load_state_dict({state})")
-        lines.append(f"drawn = torch.load(os.path.join({{folder}}, {_RANDOM_FILE}), weights_only=False)")
-        lines += [f'{write}(drawn["{name}"])' for name, (_, write) in _RANDOM.items()]
+            own.append(f"{name}.load_state_dict({state})")
+            lines += _under(tests, own)
+        lines.append(f"{drawn} = torch.load(os.path.join({{folder}}, {_RANDOM_FILE}), weights_only=False)")
+        lines += [f'{write}({drawn}["{name}"])' for name, (_, write) in _RANDOM.items()]
         yield from self._state(call, "input_dir", lines)
+
+    def _register_save_state_pre_hook_call(self, call: ast.Call) -> Iterator[Change]:
+        yield from self._hook(call, ("models", "weights", "output_dir"))
+
+    def _register_load_state_pre_hook_call(self, call: ast.Call) -> Iterator[Change]:
+        yield from self._hook(call, ("models", "input_dir"))
+
+    def _hook(self, call: ast.Call, parameters: tuple[str, ...]) -> Iterator[Change]:
+        """A function that is called where a state is written or read, before the rest of it."""
+        function = self._hooked(call)
+        if function is None or len(function.parameters) != len(parameters) or not self._alone(call):
+            self.refuse(call, f"{self.file.source.code(call)}: give it a function of the script")
+            return
+        weights = function.parameters[1] if len(parameters) == 3 else ""
+        for node in walk(function.node):
+            if isinstance(node, ast.Name) and node.id == weights and isinstance(node.ctx, ast.Load):
+                if not self._only_counts(node):
+                    self.refuse(node, f"a hook that looks into {weights}: take them from the models")
+        yield Remove(self.file.names.statement_of(call))
+
+    def _only_counts(self, node: ast.Name) -> bool:
+        """Whether a list of states is only made shorter, or asked whether it has any."""
+        parent = self.file.names.parents[node]
+        match parent:
+            case ast.Attribute(attr="pop"):
+                popped = self.file.names.parents[parent]
+                return isinstance(popped, ast.Call) and not popped.args and self._alone(popped)
+            case ast.Call(func=ast.Name(id="len")):
+                return True
+        return isinstance(parent, (ast.If, ast.While)) and parent.test is node
+
+    def _hooked(self, call: ast.Call) -> FunctionInfo | None:
+        found = self.project.resolve(self.file, call.args[0]) if len(call.args) == 1 and not call.keywords else None
+        return found if isinstance(found, FunctionInfo) and found.file is self.file else None
+
+    def _hooks(self, call: ast.Call, name: str) -> list[ast.expr]:
+        """The hooks that are registered under a name, in their order."""
+        found = []
+        for file in self.held.files:
+            for node in file.calls:
+                if isinstance(node.func, ast.Attribute) and node.func.attr == name and node.args:
+                    if self.held.is_one(file, node.func.value):
+                        found.append(node.args[0])
+                        here = self.file.names.function_of(call)
+                        if file is not self.file or file.names.function_of(node) is not here:
+                            self.refuse(call, f"{name}(...) stands elsewhere: save each part by torch.save")
+        return found
 
     def _state(self, call: ast.Call, keyword: str, lines: list[str]) -> Iterator[Change]:
         given = {item.arg: item.value for item in call.keywords}
@@ -690,15 +829,29 @@ class _Uses:
             return
         yield from imports(self.file, "os", "torch", "random", "numpy")
         named = isinstance(folder, (ast.Name, ast.Constant))
-        code = "{folder}" if named else "state_folder"
-        lines = [*([] if named else ["state_folder = {folder}"]), *(line.replace("{folder}", code) for line in lines)]
+        code = "{folder}" if named else self._new("state_folder")
+        lines = [*([] if named else [f"{code} = {{folder}}"]), *(line.replace("{folder}", code) for line in lines)]
         statement = self.file.names.statement_of(call)
         yield insert_before(statement, *lines, folder=folder)
         yield Remove(statement)
 
-    def _parts(self, call: ast.Call) -> Iterator[tuple[str, str]]:
-        """What a state is made of, by name, and the file of each."""
-        counts: dict[str, int] = {}
+    def _listed(self, parts: list[tuple[str, str, str]], lines: list[str]) -> str:
+        """A list of the models among the parts of a state, as code; what it needs before is added to lines."""
+        models = [(name, test) for name, file, test in parts if file.startswith(_STATES["model"])]
+        if not any(test for _, test in models):
+            return f"[{', '.join(name for name, _ in models)}]"
+        tests = {test: [name for name, of in models if of in ("", test)] for _, test in models}
+        listed = self._new("prepared")
+        lines.append(f"{listed} = []")
+        for test in tests:
+            lines += _under([test] if test else [], [f"{listed} += [{', '.join(n for n, of in models if of == test)}]"])
+        return listed
+
+    def _parts(self, call: ast.Call) -> list[tuple[str, str, str]]:
+        """What a state is made of, by name, the file of each, and the test under which it is one."""
+        return list(self._parts_of(call))
+
+    def _parts_of(self, call: ast.Call) -> Iterator[tuple[str, str, str]]:
         function = self.file.names.function_of(call)
         parts = [(file, made, item, kind) for file, made, item, kind in self.held.prepared if kind in _STATES]
         registered = [
@@ -710,6 +863,7 @@ class _Uses:
             and self.held.is_one(file, node.func.value)
             for item in node.args
         ]
+        ways: dict[tuple[str, str], list[tuple[ast.If, bool] | None]] = {}
         for file, made, item, kind in [*parts, *((f, m, i, "custom") for f, m, i in registered)]:
             statement = file.names.statement_of(made)
             into = targets(statement) if isinstance(statement, ast.Assign) and statement.value is made else made.args
@@ -717,11 +871,41 @@ class _Uses:
             own = name.startswith("self.") and file is self.file
             if not own and (file is not self.file or file.names.function_of(made) is not function):
                 self.refuse(call, f"{name}, a part of the state, is prepared elsewhere: save each part by torch.save")
-            number = counts[kind] = counts.get(kind, -1) + 1
+            ways.setdefault((kind, name), []).append(self._way(file, statement, call))
+        counts: dict[str, int] = {}
+        for (kind, name), taken in ways.items():
+            test = self._test_of(name, taken, call)
+            number = counts.get(kind, 0)
+            counts[kind] = number + 1 if not test else _UNNUMBERED
+            if number == _UNNUMBERED:
+                self.refuse(call, f"{name} is behind a part of the state that may not be there: prepare that last")
             if kind == "custom":
-                yield name, f"custom_checkpoint_{number}.pkl"
+                yield name, f"custom_checkpoint_{number}.pkl", test
             else:
-                yield name, _STATES[kind] + (f"_{number}" if number else "") + ".bin"
+                yield name, _STATES[kind] + (f"_{number}" if number else "") + ".bin", test
+
+    def _way(self, file: File, statement: ast.stmt, call: ast.Call) -> tuple[ast.If, bool] | None:
+        """The branch in which something is prepared, where a state is written or read outside of it."""
+        inner: ast.AST = statement
+        for parent in file.names.ancestors(statement):
+            if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) or call in walk(parent):
+                break
+            if isinstance(parent, ast.If):
+                return parent, inner in parent.body
+            inner = parent
+        return None
+
+    def _test_of(self, name: str, taken: list[tuple[ast.If, bool] | None], call: ast.Call) -> str:
+        """The test under which a part of a state is one, as code; empty where it always is."""
+        ways = {(id(way[0]), way[1]) for way in taken if way is not None}
+        first = taken[0]
+        if first is None or None in taken or {(id(first[0]), True), (id(first[0]), False)} <= ways:
+            return ""
+        node, answer = first
+        if len(ways) > 1 or not all(isinstance(item, _OF_PLAIN_TESTS) for item in walk(node.test)):
+            self.refuse(call, f"{name}, a part of the state, is prepared under a test: save each part by torch.save")
+        code = self.file.source.code(node.test)
+        return code if answer else f"not ({code})"
 
     def _register_for_checkpointing_call(self, call: ast.Call) -> Iterator[Change]:
         yield from self._left_out(call, "")
@@ -767,11 +951,19 @@ class _Uses:
             self.refuse(call, "init_trackers with arguments that are not known: make the writer in the script")
             return
         statement = self.file.names.statement_of(call)
+        owner = self.file.source.code(_attribute(call).value)
+        listed = f'{owner}.trackers.append(types.SimpleNamespace(name="{self._tracker}", tracker={{it}}, {{its}}))'
+        if self._has_own("trackers"):
+            yield from imports(self.file, "types")
         if self._tracker == "wandb":
             yield Import("import wandb")
             holes = {"name": name} | ({"config": config} if config is not None else {})
             told = ", config={config}" if config is not None else ""
             yield replace(call, f"wandb.init(project={{name}}{told})", **holes)
+            if self._has_own("trackers"):
+                yield insert_behind(
+                    statement, listed.replace("{it}", "wandb.run").replace("{its}", "run=wandb.run, log=wandb.log")
+                )
             return
         folder = self._folder(_attribute(call))
         yield Import("from torch.utils.tensorboard import SummaryWriter")
@@ -780,12 +972,17 @@ class _Uses:
         guards = [test for test in tests if as_guard(self.file, test) is not None]
         place: ast.stmt = guards[-1] if guards else statement
         inside = {n.id for n in walk(place) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        values = list(self._values_of(name)) if isinstance(name, ast.Name) and name.id in inside else []
+        name = values[0] if len(values) == 1 and _is_repeatable(values[0]) else name
         if guards and any(isinstance(n, ast.Name) and n.id in inside for n in walk(name)):
             self.refuse(call, "the name of the trackers is made on one rank")
-        lines = [f"tracker = SummaryWriter(os.path.join({folder}, {{name}}))"]
-        hparams = [] if config is None else ["tracker.add_hparams({config}, {})"]
+        tracker = self._new("tracker")
+        lines = [f"{tracker} = SummaryWriter(os.path.join({folder}, {{name}}))"]
+        if self._has_own("trackers"):
+            lines.append(listed.replace("{it}", tracker).replace("{its}", f"writer={tracker}"))
+        hparams = [] if config is None else [f"{tracker}.add_hparams({{config}}, {{}})"]
         if self._is_conditional:
-            yield insert_before(tests[-1] if tests else statement, "tracker = None")
+            yield insert_before(tests[-1] if tests else statement, f"{tracker} = None")
         asked = self._asked_tracker(call)
         if asked is not None:
             lines = [
@@ -794,7 +991,7 @@ class _Uses:
                 f"if {asked} is not None:",
                 *(f"    {line}" for line in lines),
             ]
-            hparams = ["if tracker is not None:", *(f"    {line}" for line in hparams)] if hparams else []
+            hparams = [f"if {tracker} is not None:", *(f"    {line}" for line in hparams)] if hparams else []
         # What closes it stands outside of the guard.
         yield insert_before(place, *lines, name=name)
         if config is not None:
@@ -812,10 +1009,7 @@ class _Uses:
 
     def _folder(self, node: ast.Attribute) -> str:
         """Where logs go, as code."""
-        config = self.held.option("project_config")
-        if config is not None:
-            self.refuse(node, "project_config: say project_dir=folder")
-        folder = self._told("project_dir", node) or self._told("logging_dir", node)
+        folder = self._told("logging_dir", node) or self._told("project_dir", node)
         if folder is None:
             self.refuse(node, "a writer of logs needs a folder: say project_dir=folder")
         return folder or "."
@@ -842,20 +1036,34 @@ class _Uses:
                 lines += self._to_show(value, f"{{key_{number}}}", f"{{value_{number}}}", at)
                 holes |= {f"key_{number}": key, f"value_{number}": value}
         else:
-            lines = ["for name, value in {values}.items():"]
-            lines += [f"    {line}" for line in _by_kind("name", "value", at)]
+            names = self._new("name"), self._new("value")
+            lines = [f"for {names[0]}, {names[1]} in {{values}}.items():"]
+            lines += [f"    {line}" for line in self._by_kind(*names, at)]
             holes["values"] = values
         yield from self._to_tracker(call, lines, holes)
 
     def _to_show(self, value: ast.expr, key: str, code: str, at: str) -> list[str]:
         """Lines that show a value under its key, as accelerate's tracker does: by what it is."""
         if isinstance(value, ast.JoinedStr) or last_name(getattr(value, "func", value)) == "str":
-            return [f"tracker.add_text({key}, {code}{at})"]
+            return [f"{self._new('tracker')}.add_text({key}, {code}{at})"]
         if self._is_number(value):
-            return [f"tracker.add_scalar({key}, {code}{at})"]
+            return [f"{self._new('tracker')}.add_scalar({key}, {code}{at})"]
         if all(isinstance(item, (ast.Name, ast.Attribute, ast.Load)) for item in walk(value)):
-            return _by_kind(key, code, at)
-        return [f"value = {code}", *_by_kind(key, "value", at)]
+            return self._by_kind(key, code, at)
+        shown = self._new("value")
+        return [f"{shown} = {code}", *self._by_kind(key, shown, at)]
+
+    def _by_kind(self, key: str, value: str, at: str) -> list[str]:
+        """Lines that show a value of a kind that is not known; of other kinds accelerate shows nothing."""
+        tracker = self._new("tracker")
+        return [
+            f"if isinstance({value}, dict):",
+            f"    {tracker}.add_scalars({key}, {value}{at})",
+            f"elif isinstance({value}, str):",
+            f"    {tracker}.add_text({key}, {value}{at})",
+            f"elif isinstance({value}, (int, float)):",
+            f"    {tracker}.add_scalar({key}, {value}{at})",
+        ]
 
     def _is_number(self, value: ast.expr, deep: int = 0) -> bool:
         """Whether an expression is a number by all that is seen of it."""
@@ -884,7 +1092,7 @@ class _Uses:
         if self._tracker == "wandb":
             yield Import("import wandb")
         if self._is_conditional:
-            there = "wandb.run is not None" if self._tracker == "wandb" else "tracker is not None"
+            there = "wandb.run is not None" if self._tracker == "wandb" else f"{self._new('tracker')} is not None"
             lines = [f"if {there}:", *(f"    {line}" for line in lines)]
         yield insert_before(statement, *lines, **holes)
         yield Remove(statement)
@@ -896,6 +1104,34 @@ class _Uses:
             file is self.file and file.names.function_of(start) is function for file, start in self._starts()
         )
 
+    def _set_trigger_call(self, call: ast.Call) -> Iterator[Change]:
+        if not self._alone(call):
+            self.refuse(call, "set_trigger() gives a value that is used")
+            return
+        code = template("{owner}.trigger = True", owner=_attribute(call).value)
+        yield ReplaceStatement(self.file.names.statement_of(call), code)
+
+    def _check_trigger_call(self, call: ast.Call) -> Iterator[Change]:
+        """Whether any rank has set it; then it is set back."""
+        test = self.file.names.parents[call]
+        if not isinstance(test, ast.If) or test.test is not call:
+            self.refuse(call, "check_trigger() that is not all of a test")
+            return
+        owner = _attribute(call).value
+        yield replace(call, "{bmt}.total(int({owner}.trigger)) > 0", owner=owner)
+        yield insert_before(test.body[0], "{owner}.trigger = False", owner=owner)
+
+    def _get_tracker_call(self, call: ast.Call) -> Iterator[Change]:
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        given |= dict(zip(("name", "unwrap"), call.args, strict=False))
+        name, unwrap = given.get("name"), given.get("unwrap")
+        if name is None or not (unwrap is None or isinstance(unwrap, ast.Constant)) or not self._tracker:
+            self.refuse(call, "get_tracker(...) with arguments that are not known, or without init_trackers")
+            return
+        owner = self.file.source.code(_attribute(call).value)
+        inner = ".tracker" if unwrap is not None and unwrap.value else ""
+        yield replace(call, f"next(t for t in {owner}.trackers if t.name == {{name}}){inner}", name=name)
+
     def _end_training_call(self, call: ast.Call) -> Iterator[Change]:
         if not self._tracker:
             yield from self._left_out(call, "")
@@ -903,7 +1139,9 @@ class _Uses:
         if not self._alone(call) or not self._is_tracked(call):
             self.refuse(call, "end_training() away from init_trackers")
             return
-        yield from self._to_tracker(call, ["wandb.finish()" if self._tracker == "wandb" else "tracker.close()"], {})
+        yield from self._to_tracker(
+            call, ["wandb.finish()" if self._tracker == "wandb" else f"{self._new('tracker')}.close()"], {}
+        )
 
     # Other names of accelerate -----------------------------------------------------
 
@@ -912,11 +1150,21 @@ class _Uses:
             return
         call = self.file.names.parents[node]
         last = name.split(".")[-1]
-        if name in CLASSES or last in _PURE or _IS_THERE.fullmatch(last) or "DistributedType." in name:
+        if (
+            name in CLASSES
+            or name.startswith(TESTS)
+            or last in _PURE
+            or _IS_THERE.fullmatch(last)
+            or "DistributedType." in name
+        ):
             return
         self.seen.append(node)
         if not isinstance(call, ast.Call) or call.func is not node:
             self.refuse(node, f"{name} has no counterpart in an ordinary loop")
+        elif name == "accelerate.state.is_initialized" and not call.args:
+            yield replace(call, "False")
+        elif last == "AcceleratorState" and (asked := self._asked_of_state(call)) is not None:
+            yield replace(asked, "None")
         elif name in SKIPS:
             yield from self._skip_first_batches_call(call)
         elif name in {"accelerate.utils.set_seed", "accelerate.utils.random.set_seed"}:
@@ -943,9 +1191,19 @@ class _Uses:
 
     def _logger(self, call: ast.Call) -> Iterator[Change]:
         statement = self.file.names.statement_of(call)
-        if not isinstance(statement, ast.Assign) or statement.value is not call or call.keywords or len(call.args) != 1:
-            self.refuse(call, "a logger that is given no name, or a level")
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        given |= dict(zip(("name", "log_level"), call.args, strict=False))
+        level = given.get("log_level")
+        if not isinstance(statement, ast.Assign) or statement.value is not call or set(given) - {"name", "log_level"}:
+            self.refuse(call, "a logger that is given no name")
             return
+        if level is not None:
+            told = [keyword for keyword in call.keywords if keyword.value is level]
+            yield Arguments(call, dropped=tuple(told) or (level,))
+            logger = {"logger": statement.targets[0], "level": level}
+            yield insert_behind(
+                statement, *(f"{{logger}}{at}.setLevel({{level}}.upper())" for at in ("", ".root")), **logger
+            )
         yield from self._code(call.func, "logging.getLogger")
         yield from imports(self.file, "os")
         line = '{logger}.disabled = os.environ.get("RANK", "0") != "0"'
@@ -973,7 +1231,9 @@ class _Uses:
             several = isinstance(plain, ast.Tuple) and not batch.startswith("(")
             yield insert_before(loop.body[0], f"{batch} = {{bmt}}.to_device({f'({batch})' if several else batch})")
             if loop in self._counted and not counted:
-                yield replace(loop.target, "index, ({target})" if several else "index, {target}", target=loop.target)
+                index = self._new("index")
+                target = f"{index}, ({{target}})" if several else f"{index}, {{target}}"
+                yield replace(loop.target, target, target=loop.target)
                 yield replace(loop.iter, "enumerate({loader})", loader=loop.iter)
         for node in self.file.calls:
             if node in inside or not any(self.held.is_prepared_loader(self.file, item) for item in node.args):
@@ -1030,6 +1290,16 @@ def _is_main(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and any(getattr(n, "id", "") == "__name__" for n in walk(node.test))
 
 
+def _number_of(file: str) -> str:
+    """The number in the name of a model's file."""
+    return re.sub(r"\D", "", file) or "0"
+
+
+def _under(tests: list[str], lines: list[str]) -> list[str]:
+    """Lines under the tests of a list."""
+    return [f"if {' and '.join(tests)}:", *(f"    {line}" for line in lines)] if tests else lines
+
+
 def _counts(loop: ast.For, name: str) -> bool:
     """Whether a loop counts in a variable."""
     if not isinstance(loop.iter, ast.Call):
@@ -1042,18 +1312,6 @@ def _counts(loop: ast.For, name: str) -> bool:
     return False
 
 
-def _by_kind(key: str, value: str, at: str) -> list[str]:
-    """Lines that show a value of a kind that is not known."""
-    return [
-        f"if isinstance({value}, dict):",
-        f"    tracker.add_scalars({key}, {value}{at})",
-        f"elif isinstance({value}, str):",
-        f"    tracker.add_text({key}, {value}{at})",
-        "else:",
-        f"    tracker.add_scalar({key}, {value}{at})",
-    ]
-
-
 def _operand(code: str) -> str:
     """Code that can stand beside an operator."""
     return code if all(c.isalnum() or c in "._[]\"'()" for c in code) else f"({code})"
@@ -1062,7 +1320,7 @@ def _operand(code: str) -> str:
 def _is_repeatable(node: ast.expr) -> bool:
     """Whether an expression may be evaluated several times."""
     return all(
-        last_name(item.func) in {"join", "str", "format", "Path", "int"}
+        getattr(item.func, "attr", getattr(item.func, "id", "")) in _REPEATABLE
         for item in walk(node)
         if isinstance(item, ast.Call)
     )

@@ -23,7 +23,7 @@ from rewriter.changes import Under, template
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
-_WORDS = re.compile(rb"rand|normal|uniform|bernoulli|exponential|poisson|dropout")
+_WORDS = re.compile(rb"rand|sample|normal|uniform|bernoulli|exponential|poisson|dropout")
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -34,7 +34,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if facts.scripts.in_kept_guard(file, call):
             continue
         statement = file.names.statement_of(call)
-        if not is_plain(file, facts.scripts, statement) or not file.source.owns_lines(statement):
+        plain = is_plain(file, facts.scripts, statement) or _is_drawn_beside(file, facts, statement, call)
+        if not plain or not file.source.owns_lines(statement):
             message = "all ranks draw the same numbers here, for other shares of the batch: bmt.own_random() would do"
             yield Remark(RULE.code, call.lineno, message, differs=True)
         elif runs and statement is runs[-1][-1]:
@@ -46,6 +47,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for statements in runs:
         change = Under(tuple(statements), template("with {bmt}.own_random():"))
         yield Conversion(RULE.code, statements[0].lineno, "every rank draws its own numbers for its share", (change,))
+
+
+def _is_drawn_beside(file: File, facts: Facts, statement: ast.stmt, call: ast.Call) -> bool:
+    """``latents = vae.encode(images).latent_dist.sample()``: what else is done there needs no other rank."""
+    inside = facts.scripts.collectives.inside(file, statement)
+    own = isinstance(call.func, ast.Attribute) and not isinstance(call.func.value, ast.Name)
+    return own and isinstance(statement, ast.Assign) and inside is None
 
 
 def _all_have_the_same(file: File, facts: Facts) -> bool:

@@ -91,7 +91,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if _saves_pretrained(file, facts, node):  # also where a guard was opened for it
             assert isinstance(node, ast.Expr)
-            changes = tuple(_by_all(node))
+            changes = tuple(_by_all(file, facts, node))
             yield Conversion(RULE.code, node.lineno, "one rank writes what all ranks give", changes)
             continue
         if facts.scripts.in_opened_guard(file, node):
@@ -146,6 +146,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 or _saves_itself(file, facts, call)
             )
             and not facts.scripts.in_kept_guard(file, call)
+            and not facts.scripts.in_function_of_one_rank(file, call)
             and not is_in_memory(file, file.names.statement_of(call))
         ):
             message = (
@@ -379,11 +380,11 @@ def _saves_pretrained(file: File, facts: Facts, node: ast.stmt) -> bool:
     return facts.scripts.collectives.saves_pretrained(file, node.value)
 
 
-def _by_all(node: ast.Expr) -> Iterator[Change]:
+def _by_all(file: File, facts: Facts, node: ast.Expr) -> Iterator[Change]:
     call = node.value
     assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
     yield replace(call.func, "{bmt}.save_pretrained")
-    dropped = of_own_state(call)
+    dropped = of_own_state(facts.scripts.roles[file], call)
     yield Arguments(
         call, dropped=() if dropped is None else (dropped,), first=template("{model}", model=call.func.value)
     )

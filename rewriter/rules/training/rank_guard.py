@@ -235,10 +235,23 @@ def _early_exits(file: File, facts: Facts) -> Iterator[Finding]:
 def _launcher_asked(file: File) -> Iterator[Remark]:
     """``if rank == -1:`` in a script that nobody has run on several ranks."""
     for node in file.nodes:
-        if isinstance(node, ast.Compare) and asks_for_launcher(file, node):
+        if isinstance(node, ast.Compare) and asks_for_launcher(file, node) and not _only_hands_on(file, node):
             asked = file.source.code(node)
             message = f"{asked} has the other answer under torchrun, on every rank: see that this is meant"
             yield Remark(RULE.code, node.lineno, message, differs=True)
+
+
+def _only_hands_on(file: File, asked: ast.Compare) -> bool:
+    """``if RANK != -1: args.local_rank = RANK``: the rank gets another name, and nothing else happens."""
+    statement = file.names.statement_of(asked)
+    return (
+        isinstance(statement, ast.If)
+        and not statement.orelse
+        and asked in ast.walk(statement.test)
+        and all(
+            isinstance(inner, ast.Assign) and ast.dump(inner.value) == ast.dump(asked.left) for inner in statement.body
+        )
+    )
 
 
 RULE = Rule(

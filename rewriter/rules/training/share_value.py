@@ -238,7 +238,9 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
         named = [] if facts.scripts.is_loader(file, call) else call.keywords
         by_name = [k.value for k in named if known or of_model or _BATCH_SIZE.match(k.arg or "")]
         known |= sizes if of_model or by_name else set()
-        made = bool(known) and call not in shared
+        owner = roles.var(call.func.value) if isinstance(call.func, ast.Attribute) else None
+        repeated = attr == "repeat" and owner in roles.losses
+        made = bool(known) and call not in shared and not repeated  # a mean of the same number is that number
         given = [part for item in call.args for part in (item.elts if isinstance(item, ast.Tuple) else [item])]
         given = [*(given if attr in _SHAPED | _DRAWN or of_model else ()), *by_name]
         size = next((item for item in given if _is_one(roles, item, known - {None})), None)
@@ -581,7 +583,14 @@ def _of_share(file: File, facts: Facts, loop: ast.For, node: ast.AugAssign) -> b
     kinds = facts.scripts.handed.kinds(file, place) if place is not None else None
     if _is_of_all_ranks(file, facts, node.value):
         return False
-    for item in ast.walk(node.value):
+    shapes = {
+        part
+        for made in ast.walk(node.value)
+        if isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute) and made.func.attr in _SHAPED | _DRAWN
+        for argument in made.args
+        for part in ast.walk(argument)
+    }  # of tensors that are made there, not counted
+    for item in (item for item in ast.walk(node.value) if item not in shapes):
         match item:
             case ast.Call(func=ast.Attribute(attr="sum"), args=[*given]) if _compares(item, given):
                 return True

@@ -2,7 +2,8 @@
 
 What: ``model = resnet18()`` becomes ``model = bmt.BMTrainModelWrapper(resnet18())`` where the script trains the model,
 also inside ``DDP(...)``; so does a part that replaces another, ``model.fc = nn.Linear(512, 10)``, and a model of
-transformers or diffusers that a module of the project holds, so that its blocks are blocks. Where the model first gets
+transformers or diffusers that a module of the project holds, so that its blocks are blocks, and one that a pipeline of
+such a package holds, in front of its optimizer. Where the model first gets
 tokens (``resize_token_embeddings``) or an adapter (``peft.get_peft_model``), it is wrapped behind that.
 Why: a class of the project becomes a DistributedModule by its base; a torch layer, a Sequential or a class of another
 package cannot, and its parameters would train without their gradients being reduced.
@@ -20,10 +21,10 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.classes import external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk
-from rewriter.analyze.training.completed import completing, is_adapted
+from rewriter.analyze.training.completed import completing, is_adapted, is_wrapped_in
 from rewriter.analyze.training.roles import Var
 from rewriter.analyze.training.scripts import DATA_PARALLEL
-from rewriter.changes import insert_behind, wrap
+from rewriter.changes import insert_before, insert_behind, wrap
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
 
@@ -55,6 +56,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     roles = facts.scripts.roles[file]
     yield from _parts(file, facts)
     yield from _inside(file, facts)
+    yield from _held(file, facts)
     wrapped = set[ast.stmt]()
     also: dict[Var, set[str]] = {}
     for variable, value, _, part in reversed(roles.assignments):  # engine = net; engine.parameters()
@@ -118,6 +120,39 @@ def _inside(file: File, facts: Facts) -> Iterator[Finding]:
             yield Conversion(RULE.code, statement.lineno, message, (wrap(statement.value, _WRAPPED),))
 
 
+def _held(file: File, facts: Facts) -> Iterator[Finding]:
+    """``pipe.unet`` of an object that a package makes, where the optimizer gets its parameters."""
+    roles = facts.scripts.roles[file]
+    for variable, value, statement, _ in roles.assignments:
+        if variable not in roles.optimizers or not isinstance(value, ast.Call):
+            continue
+        for item in walk(value):
+            if not isinstance(item, ast.Call) or not isinstance(item.func, ast.Attribute):
+                continue
+            if item.func.attr not in _TRAINED:
+                continue
+            model = item.func.value
+            given = [v for var, v, _, part in roles.assignments if var == roles.var(model) and not part]
+            part = given[0] if isinstance(model, ast.Name) and len(given) == 1 else model
+            again = any(is_wrapped_in(facts.project, file, roles, roles.var(model), node) for node in file.nodes)
+            if isinstance(part, ast.Attribute) and not again and _is_packages_holder(file, facts, part.value):
+                line = "{model} = {bmt}.BMTrainModelWrapper({model})"
+                message = "the part is another package's model, so it is wrapped here"
+                yield Conversion(RULE.code, statement.lineno, message, (insert_before(statement, line, model=model),))
+
+
+def _is_packages_holder(file: File, facts: Facts, node: ast.expr) -> bool:
+    """Whether a variable holds what a package makes of files, and that is no model itself: a pipeline."""
+    roles = facts.scripts.roles[file]
+    made = [value for variable, value, _, part in roles.assignments if variable == roles.var(node) and not part]
+    return bool(made) and all(
+        isinstance(value, ast.Call)
+        and (name := facts.project.external(file, value.func)).split(".")[0] in _PACKAGES - {"torch"}
+        and "Pipeline" in name
+        for value in made
+    )
+
+
 def _target(statement: ast.stmt) -> ast.expr:
     assert isinstance(statement, (ast.Assign, ast.AnnAssign))
     return statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
@@ -154,6 +189,8 @@ def _foreign(file: File, facts: Facts, call: ast.Call) -> bool:
     roles = facts.scripts.roles[file]
     if is_adapted(facts.project, file, roles, call) is None and any(map(roles.is_model, call.args)):
         return False
+    if roles.gives_parameters(call):
+        return False  # averages of them, say
     found = facts.project.resolve(file, call.func)
     if isinstance(found, ClassInfo):
         return facts.classes.kind(found) in {"leaf", "external"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -301,3 +302,144 @@ def test_what_an_evaluation_has_left_in_a_block(mode: Any) -> None:
         sgd.step()
         manager.step()
     oracle.assert_same_weights(model, plain, limit=1e-5)
+
+
+class Frozen(OrderedDict[str, int]):
+    """As configurations of packages: it refuses to be changed."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        raise TypeError("frozen")
+
+    def pop(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("frozen")
+
+    __delitem__ = pop
+
+
+class Result(Frozen):
+    """As outputs of packages: fields may be set, and none goes."""
+
+
+class Configured(Base):
+    """Has a configuration, and keeps what it gave last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.last = Frozen(width=WIDTH), Result(calls=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last["calls"] += 1
+        return torch.tanh(self.lin(x) * self.last["calls"]) * self.config["width"]
+
+
+@on_ranks(1, 2)
+def test_attributes_that_refuse_to_be_changed() -> None:
+    plain = stack(Configured)
+    model = bmt.BMTrainModelWrapper(nn.Sequential(*(bmt.Block(m, use_checkpoint=True) for m in stack(Configured))))
+    for step in range(6):
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(step))
+        plain.zero_grad()
+        model.zero_grad()
+        plain(x).square().mean().backward()
+        bmt.optim.OptimManager().backward(model(x).square().mean())
+        oracle.assert_same_grads(model, plain)
+        assert model[0].last == plain[0].last == {"calls": step + 1}
+
+
+class Store:
+    """What one layer has put there."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+
+    def put(self, x: Tensor) -> Tensor:
+        self.rows = x if self.rows is None else torch.cat([self.rows, x])
+        return self.rows
+
+
+class InTables:
+    """As a cache of keys and values: stores in a list, and what is there already in a dict."""
+
+    def __init__(self) -> None:
+        self.layers, self.is_there = [Store(), Store()], dict[int, bool]()
+
+    def put(self, x: Tensor, number: int) -> Tensor:
+        self.is_there[number] = True
+        return self.layers[number].put(x)
+
+
+class Around:
+    """A cache in another one."""
+
+    def __init__(self) -> None:
+        self.inner = InTables()
+
+    def put(self, x: Tensor, number: int) -> Tensor:
+        return self.inner.put(x, number)
+
+
+class Inplace(InTables):
+    """Written in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = torch.zeros(WIDTH)
+
+    def put(self, x: Tensor, number: int) -> Tensor:
+        self.sum += x.detach().mean(0)
+        return x * self.sum.clone()
+
+
+class Untouched:
+    """Only read."""
+
+    factor = 2.0
+
+    def __init__(self) -> None:
+        self.shift = 0.5
+
+    def put(self, x: Tensor, number: int) -> Tensor:
+        return x * self.factor + self.shift
+
+
+class Filling(Base):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        rows = cache.put(self.lin(x), self.number)
+        return torch.tanh(rows[-len(x) :] * rows.mean()) + x
+
+
+class Filled(nn.Module):
+    def __init__(self, block: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList([block(Filling(number)) for number in range(2)])
+
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, cache)
+        return x
+
+
+@on_ranks(1, 2)
+def test_what_a_block_puts_into_an_object_it_is_given_is_not_put_twice() -> None:
+    for kind in (InTables, Around, Inplace, Untouched, Store):
+        plain, model = Filled(lambda m: m), bmt.BMTrainModelWrapper(Filled(lambda m: bmt.Block(m, use_checkpoint=True)))
+        for step in range(6):
+            x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(step))
+            plain.zero_grad()
+            model.zero_grad()
+            caches: list[Any] = [kind(), kind()]
+            if kind is Store:
+                caches = [_OneForAll(), _OneForAll()]
+            plain(x, caches[0]).square().mean().backward()
+            bmt.optim.OptimManager().backward(model(x, caches[1]).square().mean())
+            oracle.assert_same_grads(model, plain)
+
+
+class _OneForAll(Store):
+    def put(self, x: Tensor, number: int = 0) -> Tensor:
+        return super().put(x)

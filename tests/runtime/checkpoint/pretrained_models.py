@@ -71,6 +71,19 @@ class Own(Pretrained):
         return OrderedDict((f"own.{key}", value) for key, value in super().state_dict(*args, **kwargs).items())
 
 
+class Prompted(Pretrained):
+    """What trains is a table of prompts, which the method reads by running it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.prompts = nn.Embedding(3, 5)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
+        os.makedirs(save_directory, exist_ok=True)
+        torch.save({"prompts": self.prompts(torch.arange(3)).detach()}, f"{save_directory}/prompts.bin")
+
+
 class Around(nn.Module):
     """As an adapter's model: not sharded itself, with a sharded model and a parameter of its own in it."""
 
@@ -95,3 +108,47 @@ class Tokenizer:
         os.makedirs(save_directory, exist_ok=True)
         with open(f"{save_directory}/words.txt", "a") as file:
             file.write("once")
+
+
+class Pipeline:
+    """As packages have them: models, and what is none, each in a folder of its own."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.parts = list(parts)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def save_pretrained(self, save_directory: str, fails: bool = False) -> None:
+        for name in self.parts:
+            getattr(self, name).save_pretrained(os.path.join(save_directory, name))
+        with open(f"{save_directory}/index.json", "w") as file:
+            json.dump(self.parts, file)
+        if fails:
+            raise ValueError("of its own")
+
+
+class Listed(Pipeline):
+    """Holds its parts in a dict."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.parts, self.held = list(parts), parts
+
+    def __getattr__(self, name: str) -> Any:
+        return self.held[name]
+
+
+class Averages:
+    """As packages have them: averages of parameters, put into a new model to be written."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.kept = [p.detach().clone() for p in parameters]
+
+    def step(self, parameters: Any) -> None:
+        for kept, p in zip(self.kept, parameters, strict=True):
+            kept.lerp_(p.detach(), 0.5)
+
+    def save_pretrained(self, save_directory: str) -> None:
+        model = Pretrained()
+        for p, kept in zip(model.parameters(), self.kept, strict=True):
+            p.data.copy_(kept.data)
+        model.save_pretrained(save_directory)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretrained_models import Around, Given, Hooked, Own, Pretrained, Tokenizer
+from pretrained_models import Around, Averages, Given, Hooked, Listed, Own, Pipeline, Pretrained, Prompted, Tokenizer
 from ranks import on_ranks, run_ranks
 from torch import nn
 
@@ -64,13 +64,14 @@ def test_a_device_map_is_refused() -> None:
 
 @on_ranks(1, 2, 3)
 def test_files_are_the_packages_own(tmp_path: Path) -> None:
-    for kind in (Pretrained, Hooked, Own):
+    for kind in (Pretrained, Hooked, Own, Prompted):
         plain = kind()
         if bmt.rank() == 0:
             plain.save_pretrained(str(tmp_path / "plain"))
         model = bmt.BMTrainModelWrapper(kind())
         model.save_pretrained(tmp_path / "method")
         bmt.save_pretrained(model, str(tmp_path / "function"), files=2)
+        bmt.synchronize()
         if bmt.rank() == 0:
             _assert_same(tmp_path / "method", tmp_path / "plain")
             _assert_same(tmp_path / "function", tmp_path / "plain")
@@ -163,3 +164,47 @@ def test_a_method_of_converted_code_is_of_all_ranks(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "method"))
     bmt.save_pretrained(model, str(tmp_path / "function"))
     assert list(torch.load(tmp_path / "function")) == list(torch.load(tmp_path / "method"))
+
+
+def _all_files(folder: Path) -> dict[str, Any]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".bin"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@on_ranks(1, 2, 3)
+def test_what_holds_models_is_written_with_them(tmp_path: Path) -> None:
+    for kind in (Pipeline, Listed):
+        made = [{"net": Pretrained(), "other": Hooked(), "plain": Own(), "words": Tokenizer()} for _ in range(2)]
+        for name in ("net", "other"):
+            made[1][name] = bmt.BMTrainModelWrapper(made[1][name])  # type: ignore[type-var]
+        if bmt.rank() == 0:
+            kind(**made[0]).save_pretrained(str(tmp_path / kind.__name__ / "plain"))
+        bmt.save_pretrained(kind(**made[1]), tmp_path / kind.__name__ / "ours")
+        if bmt.rank() == 0:
+            ours, theirs = tmp_path / kind.__name__ / "ours", tmp_path / kind.__name__ / "plain"
+            assert _all_files(ours) == _all_files(theirs)
+            for name in ("net", "other", "plain"):
+                _assert_same(ours / name, theirs / name)
+        with pytest.raises(CheckpointError, match="of its own"):
+            bmt.save_pretrained(kind(**made[1]), tmp_path / "failed", fails=True)
+        bmt.synchronize()
+        assert not (tmp_path / "failed").exists()
+        made[1]["net"].save_pretrained(tmp_path / kind.__name__ / "again")  # its own method is all ranks' once more
+
+
+@on_ranks(1, 2)
+def test_averages_of_parameters_are_whole_where_they_are_written(tmp_path: Path) -> None:
+    plain, model = Pretrained(), bmt.BMTrainModelWrapper(Pretrained())
+    theirs, ours = Averages(plain.parameters()), Averages(model.parameters())
+    with torch.no_grad():
+        for net, averages in ((plain, theirs), (model, ours)):
+            for p in net.parameters():
+                p.mul_(3)
+            averages.step(net.parameters())
+    kept = list(ours.kept)
+    if bmt.rank() == 0:
+        theirs.save_pretrained(str(tmp_path / "plain"))
+    bmt.save_pretrained(ours, tmp_path / "ours")
+    if bmt.rank() == 0:
+        _assert_same(tmp_path / "ours", tmp_path / "plain")
+    assert all(a is b for a, b in zip(ours.kept, kept, strict=True))

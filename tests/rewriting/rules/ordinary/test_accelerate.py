@@ -87,7 +87,7 @@ REFUSED = {
     "a handler": script("kwargs_handlers=[FP8RecipeKwargs()]"),
     "a handler in a variable": script("kwargs_handlers=[made]", behind="made = GradScalerKwargs()"),
     "no placement": script("device_placement=False"),
-    "a trigger": script(in_the_loop="if accelerator.check_trigger():\n    break"),
+    "a trigger whose answer is kept": script(in_the_loop="stop = accelerator.check_trigger()"),
     "a tracker of its own": script(behind="accelerator.get_tracker('wandb').tracker.log(1)"),
     "a decorator": script(behind="@accelerator.on_main_process\ndef say():\n    print(1)"),
     "uneven inputs": script(behind="with accelerator.join_uneven_inputs([model]):\n    pass"),
@@ -408,7 +408,7 @@ def test_a_trainer_in_another_file(tmp_path: Path) -> None:
     assert 'bmt.synchronize()\n    bmt.save(model, "x.pt")\n' in after and "save(self.accelerator, self.model)" in after
     assert "bmt.init_distributed()" in main_after and "bmt.shard_loader(DataLoader" in main_after
     for text in (
-        TRAINER.replace("wait_for_everyone()", "set_trigger()"),
+        TRAINER.replace("wait_for_everyone()", "set_seed()"),
         TRAINER.replace(".step()", ".step(), KFAC(1)"),
     ):
         (tmp_path / "trainer.py").write_text(text)

@@ -318,3 +318,43 @@ def test_ranks_that_train_on_the_same_draw_the_same(head: str, body: str) -> Non
 def test_ranks_that_share_a_batch_draw_apart(body: str) -> None:
     head = "for features, labels in torch.utils.data.DataLoader(data, batch_size=8):"
     assert "own_random" in converted(WHOLE.format(loop=head, body=textwrap.indent(body, "    ")))
+
+
+SAMPLED = {
+    "of an encoder": "z = library.encode(x).latent_dist.sample()",
+    "and scaled": "z = coder.encode(x.float()).latent_dist.sample() * coder.scale",
+    "a posterior": "z = library.encode(x).posterior.rsample()",
+    "under a name": "dist = library.encode(x)\nz = dist.sample()",
+}
+
+
+@pytest.mark.parametrize("body", SAMPLED.values(), ids=SAMPLED)
+def test_samples_of_a_distribution_of_a_batch_are_drawn_apart(body: str) -> None:
+    made = loop(body)
+    last = body.rpartition("\n")[2]
+    if "dist = " in body:
+        assert "with bmt.own_random():" in made or "bmt.own_random() would do" in str(convert_text(text(body)).reported)
+    else:
+        assert f"    with bmt.own_random():\n        {last}\n" in made
+
+
+NO_SAMPLES = {
+    "a list": "z = library.tables(x).sample()",
+    "no draw": "z = library.encode(x).latent_dist.mode()",
+    "of no batch": "z = library.encode(prior).latent_dist.sample()",
+    "names": "names = random.sample(words, 3)",
+}
+
+
+@pytest.mark.parametrize("body", NO_SAMPLES.values(), ids=NO_SAMPLES)
+def test_other_samples_are_left_alone(body: str) -> None:
+    assert "own_random" not in loop(body)
+
+
+def test_samples_of_a_model_that_trains_are_reported() -> None:
+    body = "z = [model(x)]\nz.append(model.encode(x).latent_dist.sample())"
+    assert "bmt.own_random() would do" in str(convert_text(text(body)).reported)
+
+
+def text(body: str) -> str:
+    return SCRIPT.format(body=textwrap.indent(body, "    "))

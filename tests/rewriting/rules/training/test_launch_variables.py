@@ -90,3 +90,30 @@ def test_a_function_of_another_file(tmp_path: Path) -> None:
 def test_one_message_a_line() -> None:
     result = convert_text("import os\nimport torch\n\n" + SETS["a tuple"] + TRAINS)
     assert [finding.line for finding in result.applied if finding.code == "BMT040"] == [4]
+
+
+ASKED = {
+    "handed on": ("args.local_rank = env_local_rank", False),
+    "handed on and more": ("args.local_rank = env_local_rank\n    args.fast = True", True),
+    "something else": ("args.local_rank = 0", True),
+    "otherwise": ("args.local_rank = env_local_rank\nelse:\n    args.alone = True", True),
+}
+
+
+@pytest.mark.parametrize(("body", "told"), ASKED.values(), ids=ASKED.keys())
+def test_a_rank_that_only_gets_another_name_is_not_reported(body: str, told: bool) -> None:
+    text = f"""import os
+import torch
+
+env_local_rank = int(os.environ.get("LOCAL_RANK", -1))
+if env_local_rank != -1 and env_local_rank != args.local_rank:
+    {body}
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for x in torch.utils.data.DataLoader(data, batch_size=8):
+    loss = model(x).mean()
+    loss.backward()
+    optimizer.step()
+"""
+    found = [f for f in convert_text(text).reported if "has the other answer under torchrun" in f.message]
+    assert bool(found) == told

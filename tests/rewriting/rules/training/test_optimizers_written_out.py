@@ -83,11 +83,25 @@ CONVERTED = {
     ),
     "by another name": script(step=STEP.replace(" o ", " each ").replace("o.step", "each.step")),
     "one of them": script(step="for o in (opt_a,):\n        o.step()\n    opt_b.step()"),
+    "rates are set": script(step=STEP.replace("o.step()", "o.param_groups[0]['lr'] *= 0.5\n        o.step()")),
+    "rates of groups": script(
+        step=STEP.replace("o.step()", "for g in o.param_groups:\n            g['lr'] *= 0.5\n        o.step()")
+    ),
+    "rates are read": script(
+        step=f"{STEP}\n    for o in (opt_a, opt_b):\n        assert len(o.param_groups) == 1\n"
+        "    rates = [o.param_groups[0]['lr'] for o in (opt_a, opt_b)]"
+    ),
     "of a trainer": TRAINER.format(imports=IMPORTS, net=NET),
     "of a function": FUNCTION.format(imports=IMPORTS, net=NET),
 }  # fmt: skip
 REFUSED = {
-    "rates are set": script(step=STEP.replace("o.step()", "o.param_groups[0]['lr'] *= 0.5\n        o.step()")),
+    "groups are exchanged": script(
+        step=STEP.replace("o.step()", "o.step()\n        o.param_groups = o.param_groups[:1]")
+    ),
+    "states are read": script(step=STEP.replace("o.step()", "o.step()\n        seen = o.state")),
+    "rates and more": script(
+        step=STEP.replace("o.step()", "o.param_groups[0]['lr'] *= 0.5\n        o.step()\n        kept = o")
+    ),
     "kept": script(step=STEP.replace("o.step()", "o.step()\n        kept = o")),
 }
 
