@@ -195,3 +195,8 @@ def read_out(node: ast.AST) -> ast.expr | None:
         case ast.Call(func=ast.Name(id="float" | "int"), args=[value]):
             return value
     return None
+
+
+def reduction_of(call: ast.Call) -> object:
+    """What stands in ``reduction=``; None if nothing does, or no constant."""
+    return next((getattr(k.value, "value", None) for k in call.keywords if k.arg == "reduction"), None)

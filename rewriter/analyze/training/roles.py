@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, loss_of, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, loss_of, reduction_of, walk, walk_own
 from rewriter.analyze.read.project import Project
 
 Var = tuple[ast.AST, str]
@@ -552,7 +552,25 @@ class Roles:
                     total = self.var(node.target)
                     if total is not None and "." not in total[1]:
                         found.add(total)
-        return found - self.managers - (self._functions - self.trained)
+        return found - self.managers - (self._functions - self.trained) - self._of_items
+
+    @cached_property
+    def _of_items(self) -> set[Var]:
+        """Names of the losses of each item: ``losses = F.cross_entropy(out, y, reduction="none")``."""
+        made: dict[Var, list[ast.expr]] = {}
+        for variable, value, _, part in self.assignments:
+            if not part:
+                made.setdefault(variable, []).append(value)
+
+        def is_per_item(value: ast.expr) -> bool:
+            if not isinstance(value, ast.Call):
+                return False
+            function = self.var(value.func)
+            criteria = [value.func] if function is None else made.get(function, [])
+            calls = [value, *(one for one in criteria if isinstance(one, ast.Call))]
+            return any(reduction_of(call) == "none" for call in calls)
+
+        return {variable for variable, values in made.items() if all(map(is_per_item, values))}
 
     @cached_property
     def _functions(self) -> set[Var]:

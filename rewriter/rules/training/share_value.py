@@ -692,6 +692,9 @@ def _is_counted(file: File, facts: Facts, loop: ast.For, node: ast.expr, known: 
             return are([left, right])
         case ast.UnaryOp(operand=inner) | ast.Call(func=ast.Attribute(value=inner, attr="item" | "clone" | "mean")):
             return are([inner])
+        case ast.Call(func=ast.Name(id="len"), args=[held]):
+            bound = {name.id for name in walk(loop) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+            return not names_in(held) & bound  # of a loader, of data
         case ast.Call(func=func, args=args, keywords=[]):
             name = facts.project.external(file, func) or (dotted(func) or "")
             return (name.startswith("math.") or name in _OF_NUMBERS) and are(args)
