@@ -69,7 +69,7 @@ def drawn_for_items(file: File, scripts: Scripts) -> Iterator[tuple[ast.Call, as
         around = list(file.names.ancestors(call))
         function = file.names.function_of(call)
         if place is not None:
-            around, held = around[: around.index(place)], scripts.handed.parts(file, place)
+            around, held = around[: around.index(place)], scripts.handed.kinds(file, place).batch
         elif function is not None and _only_trains(file, scripts, function):
             around, held = around[: around.index(function)], _given_batches(file, scripts, function)
         else:
@@ -129,7 +129,7 @@ def _given_batches(file: File, scripts: Scripts, function: Function) -> set[str]
         ]
         places = [(other, scripts.handed.around(other, value), value) for other, value in given]
         if places and all(
-            place is not None and names_in(value) & scripts.handed.parts(other, place) for other, place, value in places
+            place is not None and scripts.handed.kinds(other, place).of_batch(value) for other, place, value in places
         ):
             found.add(argument.arg)
     return found

@@ -542,7 +542,7 @@ class Roles:
                 if "loss" in variable[1].lower() or summed or isinstance(value, ast.IfExp):
                     if self._loss_value(value, found, part):
                         found.add(variable)
-                if not part and self.gives_loss(value, found):
+                if not part and (self.gives_loss(value, found) or self._is_same_loss(value, found)):
                     found.add(variable)
             for node in self.file.nodes:
                 found |= self._losses_in_tuple(node, found)
@@ -553,6 +553,16 @@ class Roles:
                     if total is not None and "." not in total[1]:
                         found.add(total)
         return found - self.managers - (self._functions - self.trained) - self._of_items
+
+    @cached_property
+    def _criteria(self) -> set[Var]:
+        """Names of torch's losses that give one number: ``l1 = nn.L1Loss()``."""
+        return {
+            variable
+            for variable, value, _, part in self.assignments
+            if not part and isinstance(value, ast.Call) and reduction_of(value) != "none"
+            if (name := self.project.external(self.file, value.func)).startswith("torch.nn.") and name.endswith("Loss")
+        }
 
     @cached_property
     def _of_items(self) -> set[Var]:
@@ -571,6 +581,15 @@ class Roles:
             return any(reduction_of(call) == "none" for call in calls)
 
         return {variable for variable, values in made.items() if all(map(is_per_item, values))}
+
+    def _is_same_loss(self, value: ast.expr, known: set[Var]) -> bool:
+        """``last = loss``, ``last = loss.detach()`` of a loss that backward is called on."""
+        while isinstance(value, (ast.Call, ast.Attribute)):
+            inner = value.func if isinstance(value, ast.Call) else value
+            if not isinstance(inner, ast.Attribute) or inner.attr not in {"detach", "clone", "cpu", "data"}:
+                return False
+            value = inner.value
+        return isinstance(value, ast.Name) and self.var(value) in known & self.trained
 
     @cached_property
     def _functions(self) -> set[Var]:
@@ -718,7 +737,11 @@ class Roles:
     def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
         if isinstance(value, ast.BinOp):
             sides = (value.left, value.right)
-            return any(self._loss_value(side, known, part) for side in sides) and not any(map(_is_number, sides))
+            return (
+                not isinstance(value.op, ast.Pow)
+                and any(self._loss_value(side, known, part) for side in sides)
+                and not any(map(_is_number, sides))
+            )
         if isinstance(value, ast.IfExp):
             return all(self._loss_value(side, known, part) for side in (value.body, value.orelse))
         if isinstance(value, ast.Name):
@@ -732,6 +755,8 @@ class Roles:
                 return False
             if isinstance(value.func, ast.Attribute) and value.func.attr in _REDUCTIONS:
                 return self._loss_value(value.func.value, known, part)
+            if self.var(value.func) in self._criteria:
+                return True
             made = value.func.func if isinstance(value.func, ast.Call) else value.func  # nn.MSELoss()(out, y)
             name = dotted(made) or ""
             return bool(LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from rewriter.analyze.read.nodes import Scope, dotted, is_backward, item_of, nam
 from rewriter.analyze.training.keepers import Keepers, Kept
 from rewriter.analyze.training.over_ranks import gives_whole
 from rewriter.analyze.training.picked import ALL, FIRST, Picked
+from rewriter.analyze.training.readings import BENT, bent
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.showing import gives_text, is_text, joined_texts
 from rewriter.analyze.training.writers import SHOWING_METHODS
@@ -93,6 +94,18 @@ def shares(file: File, places: Mapping[Place, bool], kinds_of: Callable[[Place],
     return found
 
 
+def _curved(node: ast.AST) -> ast.expr | None:
+    """``x`` of ``math.sqrt(x)``, ``x.log()`` and ``x ** 0.5``: the mean of the ranks' is not that of the mean."""
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=[value]) if name in BENT:
+            return value
+        case ast.BinOp(left=left, op=ast.Pow()):
+            return left
+        case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args) if attr in _ITEM_BY_ITEM:
+            return args[0] if dotted(value) in _FUNCTIONS and args else value
+    return bent(node)
+
+
 def loop_over(loop: ast.For) -> ast.expr | None:
     """The loader in ``enumerate(tqdm(loader))``, if it can be named again."""
     node = loop.iter
@@ -115,7 +128,8 @@ class Kinds:
 
     ``held`` are the names that the loop, or a function in its stead, gets its batch by; ``reduced`` says of what a loss
     function makes whether it is a ``sum`` or a ``mean``, and ``in_parts`` of what a call gives at a place, or of each
-    value in a collection. ``inside`` gives the same for a function that is called with something of the batch.
+    value in a collection. ``inside`` gives the same for a function that is called with something of the batch;
+    ``of_all_ranks`` are values that are made of the losses of all ranks where they get a name.
     """
 
     def __init__(
@@ -129,9 +143,11 @@ class Kinds:
         keepers: Keepers,
         inside: Callable[[FunctionInfo, set[str]], Kinds | None] = lambda function, held: None,
         shown_by: Callable[[ast.Call], list[ast.expr]] = lambda call: [],
+        of_all_ranks: Collection[ast.expr] = (),
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
         self.in_parts, self._inside, self._shown_by_call = in_parts, inside, shown_by
+        self._made_of_all_ranks = of_all_ranks
         self._within: dict[tuple[ast.AST, frozenset[str], frozenset[str]], Kinds | None] = {}
         self._means = frozenset[str]()  # names that a function gets a mean or a loss by
         self.totals_become_whole = False
@@ -275,6 +291,8 @@ class Kinds:
     def of_batch(self, node: ast.AST, bound: frozenset[str] = frozenset()) -> bool:
         """Whether a value comes of the loop's batch and is not made the ranks' yet; ``bound`` are names of its own."""
         if isinstance(node, ast.Call) and self.is_of_all_ranks(node):
+            return False
+        if node in self._made_of_all_ranks:
             return False
         if isinstance(node, ast.Name):
             return node.id in self.batch and node.id not in self.added and node.id not in bound
@@ -535,12 +553,22 @@ class Kinds:
                     return True
         return False
 
-    def _is_bent(self, node: ast.expr) -> bool:
-        """Whether a value is a function of a mean or a total of the batch: ``x.mean().exp()``."""
-        match _viewed(node):
-            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args) if attr in _ITEM_BY_ITEM:
-                return self.kind(args[0] if dotted(value) in _FUNCTIONS and args else value) in {"mean", "total"}
+    def _is_bent(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value is made of a function of a mean or total, and no multiple: ``10 * x.mean().log10()``."""
+        for item in walk(node):
+            if isinstance(item, ast.expr) and self._is_curve(item, 0):
+                return True
+            made = self.made.get(item.id, ()) if isinstance(item, ast.Name) and deep < 3 else ()
+            if any(self._is_bent(value, deep + 1) for value, part in made if part is None):
+                return True
         return False
+
+    def _is_curve(self, node: ast.expr, deep: int) -> bool:
+        """Whether a value is such a function itself, and not made of one: ``x.mean().log10()``, ``1 / x.mean()``."""
+        inner = _curved(node)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            return self.kind(node.right, deep + 1) == "mean"
+        return inner is not None and self.kind(inner, deep + 1) in {"mean", "total"}
 
     def _is_number_of_model(self, value: ast.expr) -> bool:
         """Whether a value is the number that a model gives beside others, ``out, used = model(x)``: ``used.item()``."""
@@ -635,7 +663,9 @@ class Kinds:
                 yield from self._split(value)
             elif kind == "unknown" and (self._is_entry(value) or self._is_written_out(value)):
                 yield value, kind
-            elif kind in {"samples", "unknown"} and any(f(value) for f in (self._is_cut, self.is_size, _is_one_number)):
+            elif kind in {"samples", "unknown"} and any(
+                f(value) for f in (self._is_cut, self.is_size, _is_one_number, self._is_bent)
+            ):
                 if _counts_distinct(value) or self.is_size(value) or not (_tells_shape(value) or is_text(value)):
                     yield value, "unknown"
 
@@ -950,6 +980,11 @@ class Kinds:
             return "total" if self.reduced(node) == "sum" else "loss"
         if self.picked.items(node) == {FIRST}:
             return "item"
+        if self._is_curve(node, deep):
+            return "unknown"
+        if (bends := _curved(node)) is not None and self.kind(bends, deep + 1) == "loss":
+            if self._is_read_loss(bends, deep):
+                return ""  # whose number is that of all ranks
         match node:
             case ast.Call() | ast.JoinedStr() | ast.BinOp() if (held := self._put_into_text(node)) is not None:
                 return "" if all(self._is_whole_in_text(value, deep) for value in held) else "unknown"
@@ -1194,7 +1229,8 @@ class Kinds:
                 given = _REDUCED.get(self.in_parts(value, None if part == _EACH else part), "")
             return given or ("mean" if _NAMED_MEANS.match(name) else "unknown")
         kind = self.kind(value, deep + 1)
-        return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) and not self._is_skewed(value, deep) else kind
+        unclear = self._is_skewed(value, deep) or self._is_bent(value)
+        return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) and not unclear else kind
 
     def _named(self, name: str, call: ast.Call) -> str:
         if self.roles.is_model(call.func):
