@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import assigned_by, dotted, loss_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import assigned_by, bent, dotted, loss_of, names_in, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
@@ -20,9 +20,6 @@ _SUMS = (b'"sum"', b"'sum'", b"size_average")
 _COUNTS = re.compile(r"num|count|hits|correct|^n_|^n$|total_|tokens", re.I)
 _QUESTIONS = {"isnan", "isinf", "isfinite"}
 _OF_NUMBERS = {f"{module}.{name}" for module in ("math", "torch", "numpy") for name in _QUESTIONS}
-BENT = {"exp", "expm1", "exp2", "sqrt", "rsqrt", "log", "log2", "log10", "log1p"}
-"""Functions of which the mean is another than that of what they are given: perplexities, roots of mean squares."""
-_MODULES = {"math", "torch", "np", "numpy"}
 _OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
 _OF_NUMPY = {"numpy.array", "numpy.asarray", "numpy.float32", "numpy.float64", "numpy.mean"}
 
@@ -363,16 +360,6 @@ def _is_apart(roles: Roles, totals: set[Var], name: ast.Name, deep: int = 0) -> 
             if not parts or not all(_is_apart(roles, totals, part, deep + 1) for part in parts):
                 return False
     return bool(made)
-
-
-def bent(node: ast.AST) -> ast.expr | None:
-    """``x`` of ``math.exp(x)``, ``torch.sqrt(x)`` and ``x.log()``, of which a mean is another than that of ``x``."""
-    match node:
-        case ast.Call(func=ast.Attribute(value=ast.Name(id=module), attr=attr), args=[value]) if module in _MODULES:
-            return value if attr in BENT else None
-        case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[], keywords=[]) if attr in BENT:
-            return value
-    return None
 
 
 def _is_kept_apart(roles: Roles, holder: ast.expr, loss: ast.expr) -> bool:

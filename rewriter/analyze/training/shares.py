@@ -9,11 +9,21 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import Scope, dotted, is_backward, item_of, names_in, positional, walk, walk_own
+from rewriter.analyze.read.nodes import (
+    BENT,
+    Scope,
+    bent,
+    dotted,
+    is_backward,
+    item_of,
+    names_in,
+    positional,
+    walk,
+    walk_own,
+)
 from rewriter.analyze.training.keepers import Keepers, Kept
 from rewriter.analyze.training.over_ranks import gives_whole
 from rewriter.analyze.training.picked import ALL, FIRST, Picked
-from rewriter.analyze.training.readings import BENT, bent
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.showing import gives_text, is_text, joined_texts
 from rewriter.analyze.training.writers import SHOWING_METHODS
