@@ -61,7 +61,7 @@ _OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
 _OF_NUMBERS = {
     "torch.tensor", "torch.as_tensor", "torch.zeros", "torch.ones", "torch.rand", "torch.randn", "float", "int", "min",
-    "max", "abs", "round", "torch.sigmoid", "torch.exp", "torch.cos",
+    "max", "abs", "round", "sum", "torch.sigmoid", "torch.exp", "torch.cos", "torch.stack", "torch.cat", "torch.mean",
 }  # fmt: skip
 _NAMED = (ast.Name, ast.Tuple, ast.List)
 _COMPREHENSIONS = (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)
@@ -716,6 +716,8 @@ def _is_counted(file: File, facts: Facts, loop: ast.For, node: ast.expr, known: 
             return are([left, right])
         case ast.UnaryOp(operand=inner) | ast.Call(func=ast.Attribute(value=inner, attr="item" | "clone" | "mean")):
             return are([inner])
+        case ast.ListComp(generators=[one]) | ast.GeneratorExp(generators=[one]):
+            return _goes_through_other_data(file, facts, loop, one.iter)
         case ast.Call(func=ast.Name(id="len"), args=[held]):
             bound = {name.id for name in walk(loop) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
             return not names_in(held) & bound  # of a loader, of data
