@@ -538,7 +538,9 @@ class Roles:
             for variable, value, _, part in self.assignments:
                 if "." in variable[1] or isinstance(value, (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.ListComp)):
                     continue
-                summed = isinstance(value, ast.BinOp) and not self._has_entry(value)
+                summed = isinstance(value, ast.BinOp) and not (
+                    isinstance(value.op, ast.Pow) or self._has_entry(value)  # a power is no multiple
+                )
                 if "loss" in variable[1].lower() or summed or isinstance(value, ast.IfExp):
                     if self._loss_value(value, found, part):
                         found.add(variable)
@@ -737,11 +739,7 @@ class Roles:
     def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
         if isinstance(value, ast.BinOp):
             sides = (value.left, value.right)
-            return (
-                not isinstance(value.op, ast.Pow)
-                and any(self._loss_value(side, known, part) for side in sides)
-                and not any(map(_is_number, sides))
-            )
+            return any(self._loss_value(side, known, part) for side in sides) and not any(map(_is_number, sides))
         if isinstance(value, ast.IfExp):
             return all(self._loss_value(side, known, part) for side in (value.body, value.orelse))
         if isinstance(value, ast.Name):

@@ -63,6 +63,15 @@ _KEEPS = {"add", "put", "insert", "appendleft"}
 _IN_PLACE = {"add_", "sub_", "copy_", "index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "fill_"}
 _AT = re.compile(r"^(?:np|numpy)\.\w+\.at$")
 _NO_MEANS = {"norm", "std", "var", "max", "min", "median", "amax", "amin"}
+_OF_ALL_ITEMS = {"quantile", "nanquantile", "percentile", "nanpercentile", "nanmedian", "corrcoef", "cov", "dist"}
+_METRICS = ("sklearn.metrics.", "scipy.stats.")
+_AVERAGED = re.compile(r"accuracy_score$|mean_|loss$")
+_FILES = {
+    "json.dump", "pickle.dump", "torch.save", "numpy.save", "numpy.savez", "numpy.savez_compressed", "numpy.savetxt",
+    "scipy.io.savemat", "yaml.dump", "joblib.dump", "torchvision.utils.save_image",
+}  # fmt: skip
+_ALL_OF = {"add_histogram", "add_images", "add_embedding"}
+_ROWS = {"tolist", "numpy", "detach", "cpu"}
 _OF_SHAPE = {"shape", "size", "dtype", "device", "dim", "type"}
 _SUMS = {"count", "n", "num", "cnt", "total", "sum", "samples", "n_samples"}
 _COUNTED = {"bincount"}
@@ -410,7 +419,8 @@ class Kinds:
             case ast.Assign() if node in self.grown:
                 yield from self._put_behind(node)
             case ast.Assign(targets=[ast.Subscript() as target], value=value):
-                yield from self._put_at(target, value)
+                added = _added_to_entry(target, value)
+                yield from self._put_at(target, value) if added is None else self._added_at(target, added)
             case ast.Dict() | ast.Call() if (parts := _entries(node)) and any(map(self._is_number_read, parts)):
                 yield from ((part, self.kind(part)) for part in parts if self._is_made_whole(part))
             case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
@@ -421,6 +431,10 @@ class Kinds:
                     yield from self._left_with_object(left, node.func)
             case ast.Call() if given := self._shown_by_call(node):
                 yield from self._handed_to_show(given)
+            case ast.Call() if (
+                self.roles.project.external(self.file, node.func) in _FILES or getattr(node.func, "attr", "") in _ALL_OF
+            ):
+                yield from self._put_in_file([*node.args, *(keyword.value for keyword in node.keywords)])
             case ast.Call(func=ast.Attribute(attr=attr)) if attr in _METERS:
                 yield from self._handed_to_meter(node, attr)
             case _:
@@ -442,6 +456,18 @@ class Kinds:
                 yield value, kind
             elif kind == "samples" and not self._holds_inside(target):
                 yield value, "unknown"
+
+    def _added_at(self, target: ast.Subscript, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
+        """``n["seen"] = n["seen"] + len(x)``, ``n[k] = n.get(k, 0) + len(x)``."""
+        kind = self.kind(value)
+        if self._holds_inside(target.value):
+            return
+        if self.of_batch(target.slice):
+            yield target, "unknown"
+        elif kind == "mixed":
+            yield from self._split(value)
+        elif kind in _COMES_OF_IT:
+            yield value, kind if kind != "samples" or self._is_list(value) else "unknown"
 
     def _blended_in(self, node: ast.Assign) -> Iterator[tuple[ast.expr, str]]:
         """``average = 0.9 * average + 0.1 * x.mean()``."""
@@ -475,6 +501,9 @@ class Kinds:
         kept, place = target.value, target.slice
         if isinstance(place, ast.Constant) and self._is_mean_read(value):
             yield value, "mean"
+        elif isinstance(place, ast.Constant) and not self._holds_inside(kept) and _reads_rows(value):
+            if self.kind(value) in {"samples", "unknown"}:
+                yield value, "unknown"
         if self._bound_inside(kept) or isinstance(place, ast.Constant):
             return
         kind = self.kind(value)
@@ -549,6 +578,7 @@ class Kinds:
         elif kind in {"samples", "unknown"} and self._is_cut(value) and not is_text(value):
             unclear = _is_no_mean(value) or self._is_crossed(value) or self._is_dict(value)
             unclear = unclear or self._gives_places(value) or self._is_bent(value)
+            unclear = unclear or self._is_of_no_rows(value) or self._is_of_metric(value)
             yield value, "unknown" if unclear or self._is_number_of_model(value) else "samples"
         elif kind in {"samples", "unknown"} and not is_text(value):
             yield value, "unknown"
@@ -579,6 +609,40 @@ class Kinds:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             return self.kind(node.right, deep + 1) == "mean"
         return inner is not None and self.kind(inner, deep + 1) in {"mean", "total"}
+
+    def _is_of_no_rows(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a list has no row for each item: ``x.mean(0).tolist()``, ``[(y == c).sum() for c in classes]``."""
+        made = self.made.get(node.id, ()) if isinstance(node, ast.Name) and deep < 3 else ()
+        if any(part is None and self._is_of_no_rows(value, deep + 1) for value, part in made):
+            return True
+        match node:
+            case ast.ListComp(generators=[one, *_]) | ast.Dict(values=[ast.ListComp(generators=[one, *_])]):
+                return not self.of_batch(one.iter)
+            case ast.Call(func=ast.Attribute(value=inner, attr="tolist")):
+                return self.kind(inner) in {"mean", "total"}
+        return False
+
+    def _is_of_metric(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value is made of all items together: ``roc_auc_score(y, p)``, ``np.percentile(x, 90)``."""
+        for item in walk(node):
+            made = self.made.get(item.id, ()) if isinstance(item, ast.Name) and deep < 3 else ()
+            if any(part is None and self._is_of_metric(value, deep + 1) for value, part in made):
+                return True
+            name = self.roles.project.external(self.file, item.func) if isinstance(item, ast.Call) else ""
+            if name.startswith(_METRICS) and not _AVERAGED.search(name):
+                return True
+            if isinstance(item, ast.Call) and getattr(item.func, "attr", "") in _OF_ALL_ITEMS:
+                return True
+        return False
+
+    def _put_in_file(self, given: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
+        """``np.save(path, out.numpy())``, ``json.dump({"labels": y.tolist()}, file)`` of each batch, or of the last."""
+        for value in _parts([item for part in given for item in (_entries(part) or [part])]):
+            kind = self.kind(value)
+            if kind in {"total", "mean"} and (_reads_number(value) or self.is_size(value)):
+                yield value, kind
+            elif kind in {"samples", "unknown"} and not is_text(value):
+                yield value, "unknown"
 
     def _is_number_of_model(self, value: ast.expr) -> bool:
         """Whether a value is the number that a model gives beside others, ``out, used = model(x)``: ``used.item()``."""
@@ -990,7 +1054,7 @@ class Kinds:
             return "total" if self.reduced(node) == "sum" else "loss"
         if self.picked.items(node) == {FIRST}:
             return "item"
-        if self._is_curve(node, deep):
+        if self._is_curve(node, deep) or (isinstance(node, ast.Call) and self._is_of_metric(node, 3)):
             return "unknown"
         if (bends := _curved(node)) is not None and self.kind(bends, deep + 1) == "loss":
             if self._is_read_loss(bends, deep):
@@ -1340,6 +1404,26 @@ def _added(target: ast.expr, value: ast.expr) -> tuple[bool, ast.expr] | None:
     if len(parts) != 2 or paths.count(dotted(target)) != 1:
         return None
     return listed, parts[1 - paths.index(dotted(target))]
+
+
+def _added_to_entry(target: ast.Subscript, value: ast.expr) -> ast.expr | None:
+    """``x`` of ``n["a"] + x`` and ``n.get("a", 0) + x`` for ``n["a"]``."""
+    if not isinstance(value, ast.BinOp) or not isinstance(value.op, ast.Add):
+        return None
+    holder, key = ast.unparse(target.value), ast.unparse(target.slice)
+    for side, other in ((value.left, value.right), (value.right, value.left)):
+        match side:
+            case (
+                ast.Subscript(value=held, slice=place)
+                | ast.Call(func=ast.Attribute(value=held, attr="get"), args=[place, *_])
+            ) if ast.unparse(held) == holder and ast.unparse(place) == key:
+                return other
+    return None
+
+
+def _reads_rows(node: ast.expr) -> bool:
+    """``pred.tolist()``, ``out.detach()``."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ROWS
 
 
 def _without(node: ast.expr, name: str) -> Iterator[ast.expr]:
