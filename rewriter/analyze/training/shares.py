@@ -64,6 +64,7 @@ _IN_PLACE = {"add_", "sub_", "copy_", "index_add_", "index_copy_", "index_put_",
 _AT = re.compile(r"^(?:np|numpy)\.\w+\.at$")
 _NO_MEANS = {"norm", "std", "var", "max", "min", "median", "amax", "amin"}
 _OF_ALL_ITEMS = {"quantile", "nanquantile", "percentile", "nanpercentile", "nanmedian", "corrcoef", "cov", "dist"}
+_CRITERION = re.compile(r"torch\.nn\.(?:functional\.(?:\w+_loss|\w*cross_entropy\w*|kl_div)|\w+Loss)$")
 _METRICS = ("sklearn.metrics.", "scipy.stats.")
 _AVERAGED = re.compile(r"accuracy_score$|mean_|loss$")
 _FILES = {
@@ -1133,11 +1134,11 @@ class Kinds:
                     return "unknown" if self._gives_places(value) else "samples"
                 if attr in _ITEM_BY_ITEM and not _asks_where(node):
                     return "samples" if self.kind(value, deep + 1) == "samples" else "unknown"
-                return self._named(attr, node)
+                return self._of_criterion(node) or self._named(attr, node)
             case ast.Call(func=ast.Name(id=name), args=[value, *_]) if name in _NUMBERS:
                 return self.kind(value, deep + 1)
             case ast.Call(func=func):
-                return self._named((dotted(func) or "").split(".")[-1], node)
+                return self._of_criterion(node) or self._named((dotted(func) or "").split(".")[-1], node)
             case ast.Attribute(value=value, attr="data"):
                 return self.kind(value, deep + 1)
             case ast.BinOp(left=left, op=op, right=right):
@@ -1305,6 +1306,12 @@ class Kinds:
         kind = self.kind(value, deep + 1)
         unclear = self._is_skewed(value, deep) or self._is_bent(value)
         return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) and not unclear else kind
+
+    def _of_criterion(self, call: ast.Call) -> str:
+        """``mean`` or ``total`` for what a loss of torch makes: ``F.l1_loss(x, y)``, ``nn.L1Loss()(x, y)``."""
+        made = call.func.func if isinstance(call.func, ast.Call) else call.func
+        known = _CRITERION.match(self.roles.project.external(self.file, made))
+        return _REDUCED.get(self.reduced(call), "") if known else ""
 
     def _named(self, name: str, call: ast.Call) -> str:
         if self.roles.is_model(call.func):

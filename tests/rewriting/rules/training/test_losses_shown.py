@@ -186,6 +186,32 @@ def test_a_loss_by_another_name(named: str, shown: str, after: str) -> None:
     assert after in converted(f"{HEAD}    {named}\n{shown}\n")
 
 
+BESIDE = {
+    "collected": ("rows.append({loss}.item())", "rows.append(bmt.sum_loss({loss}.item()))"),
+    "shown": ("print({loss}.item())", "bmt.print_rank(bmt.sum_loss({loss}.item()))"),
+    "parts as an array": (
+        "rows.append(torch.stack([{loss}, {loss}]).detach().numpy())",
+        "rows.append(bmt.sum_loss(torch.stack([{loss}, {loss}]).detach().numpy()))",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", ["torch.nn.functional.l1_loss(net(x), y)", "torch.nn.HuberLoss()(net(x), y)"])
+@pytest.mark.parametrize(("before", "after"), BESIDE.values(), ids=BESIDE.keys())
+def test_a_loss_beside_that_which_is_trained_on(function: str, before: str, after: str) -> None:
+    head = HEAD.replace("in loader", "in torch.utils.data.DataLoader(data, batch_size=8)")
+    assert f"    {after.format(loss=function)}\n" in converted(f"{head}    {before.format(loss=function)}\n")
+
+
+@pytest.mark.parametrize(
+    "function", ["pairwise_distance(net(x), y)", "normalize(net(x))", "l1_loss(net(x), y, reduction='none')"]
+)
+def test_rows_of_functions_beside_losses_are_no_means(function: str) -> None:
+    head = HEAD.replace("in loader", "in torch.utils.data.DataLoader(data, batch_size=8)")
+    after = converted(f"{head}    rows.append(torch.nn.functional.{function}.detach())\n")
+    assert "sum_loss" not in after
+
+
 OF_OTHER_NAMES = ["(loss / 2).backward()", "(0.5 * loss).backward()", "scaler.scale(loss / 2).backward()"]
 
 
