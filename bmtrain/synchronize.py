@@ -62,19 +62,25 @@ def sum_loss(loss: float, comm: Communicator | None = None, *, count: float | to
 
 @overload
 def sum_loss(
+    loss: numpy.ndarray, comm: Communicator | None = None, *, count: float | torch.Tensor | None = None
+) -> numpy.ndarray: ...
+
+
+@overload
+def sum_loss(
     loss: dict[Any, Any], comm: Communicator | None = None, *, count: float | torch.Tensor | None = None
 ) -> dict[Any, Any]: ...
 
 
 def sum_loss(
-    loss: torch.Tensor | float | dict[Any, Any],
+    loss: torch.Tensor | float | numpy.ndarray | dict[Any, Any],
     comm: Communicator | None = None,
     *,
     count: float | torch.Tensor | None = None,
-) -> torch.Tensor | float | dict[Any, Any]:
+) -> torch.Tensor | float | numpy.ndarray | dict[Any, Any]:
     """The *average* of ``loss`` over ranks (its name is older than its meaning), of a number a number.  Collective.
 
-    Of a dict, as detectors give their losses, a dict with the average of each.
+    Of a dict, as detectors give their losses, a dict with the average of each; of an array an array.
 
     Args:
         count: of how many samples (or tokens) this rank's ``loss`` is the mean; where ranks differ, the average is that
@@ -82,6 +88,9 @@ def sum_loss(
     """
     if isinstance(loss, dict):
         return {key: sum_loss(value, comm, count=count) for key, value in loss.items()}
+    if isinstance(loss, numpy.ndarray) and loss.ndim:
+        means = sum_loss(_number(loss), comm, count=count).cpu().numpy()
+        return means.astype(loss.dtype) if loss.dtype.kind == "f" else means
     if count is not None:
         if not isinstance(loss, torch.Tensor):
             return float(sum_loss(_number(loss), comm, count=count))
@@ -94,7 +103,7 @@ def sum_loss(
     return distributed.all_reduce(loss, "avg", comm)
 
 
-def _number(loss: float) -> torch.Tensor:
+def _number(loss: float | numpy.ndarray) -> torch.Tensor:
     return torch.tensor(loss, dtype=torch.float64, device=context().device.torch_device)
 
 

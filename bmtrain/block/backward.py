@@ -60,9 +60,7 @@ class Backward:
         self._scripts: ScriptsAsWritten | None = None  # while blocks are to run again
         self._id: int | None = None
         self._note: Callable[[torch.Tensor], object] | None = None
-        self._given: dict[
-            int, tuple[Node, list[ShardUnit]]
-        ] = {}  # by backward: the running node, and what it computes with
+        self._given: dict[int, tuple[Node, list[ShardUnit]]] = {}  # by backward: what its running node computes with
 
     @property
     def device(self) -> Device:

@@ -41,7 +41,7 @@ class StepMeter:
     def note_forward(self, module: nn.Module, given: object) -> None:
         """A forward of ``module`` begins with the arguments ``given``."""
         batch = first_tensor(given)
-        if batch is None or not batch.dim():
+        if batch is None:
             return
         found = self._given.get(module)
         if found is None:

@@ -55,7 +55,7 @@ def summary(
 def _batch(ctx: Context, forwards: int, inputs: Sequence[object]) -> str:
     """What the first step has trained on, by the first tensor that each forward got; "" where that tells nothing."""
     first = [first_tensor(given) for given in inputs]
-    shapes = {tuple(tensor.shape) for tensor in first if tensor is not None and tensor.dim()}
+    shapes = {tuple(tensor.shape) for tensor in first if tensor is not None}
     if len(shapes) != 1:
         return ""
     (shape,), ranks = shapes, ctx.topology.data_size
@@ -65,8 +65,8 @@ def _batch(ctx: Context, forwards: int, inputs: Sequence[object]) -> str:
 
 
 def first_tensor(given: object) -> torch.Tensor | None:
-    """What is taken for the batch in a forward's arguments."""
-    return next((leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)), None)
+    """What is taken for the batch in a forward's arguments: the first that has rows, and is no time or noise level."""
+    return next((leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
 
 
 def counts(total: int, trained: int, units: int) -> str:

@@ -117,6 +117,14 @@ def test_tensor_parallel_ranks_count_once() -> None:
 
 
 @on_ranks(1, 2, 3)
+def test_an_array_of_losses_is_averaged_one_by_one() -> None:
+    mine = numpy.array([float(bmt.rank()), 1.0], dtype=numpy.float32)
+    found = bmt.sum_loss(mine)
+    assert found.dtype == numpy.float32 and found.tolist() == [(bmt.world_size() - 1) / 2, 1.0]
+    assert bmt.sum_loss(mine, count=2).tolist() == found.tolist()
+
+
+@on_ranks(1, 2, 3)
 def test_a_dict_of_losses_is_averaged_one_by_one() -> None:
     mine = float(bmt.rank())
     mean = (bmt.world_size() - 1) / 2

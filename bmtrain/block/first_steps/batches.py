@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections import deque
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from ...alike import digest
 from ...context import Context
 from ...log import warn
 from ...users_code import users_line
+from ..summary import first_tensor
 from .steps import FirstSteps
 
 _BATCHES, _STEPS = 2, 3
 """How many batches are compared, at which optimizer step of a model."""
+
+
+def batch_digest(inputs: object) -> torch.Tensor | None:
+    """() int64 of the batch in a forward's arguments; None if its values are not there to be looked at."""
+    first = first_tensor(inputs)
+    if type(first) is not torch.Tensor or first.layout != torch.strided or first.is_meta:
+        return None
+    with torch.no_grad():
+        return digest(first)
 
 
 class FirstBatches:
@@ -35,11 +44,10 @@ class FirstBatches:
         return self._ctx.topology.data_size > 1 and not self._is_over and self._first_steps.age < _STEPS
 
     def note(self, inputs: object) -> None:
-        """An outermost forward is about to train on ``inputs``, of which the first tensor counts."""
-        first = next((leaf for leaf in tree_leaves(inputs) if type(leaf) is torch.Tensor), None)
-        if first is not None and first.layout == torch.strided and not first.is_meta:
-            with torch.no_grad():
-                self._digests.append(digest(first))
+        """An outermost forward is about to train on ``inputs``, of which the first tensor with rows counts."""
+        first = batch_digest(inputs)
+        if first is not None:
+            self._digests.append(first)
             self._place = users_line()
 
     def optimizer_stepped(self) -> None:

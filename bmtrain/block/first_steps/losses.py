@@ -18,6 +18,7 @@ from ..backward import Backward
 from ..frame import NotKeptError
 from ..summary import first_tensor
 from .across_samples import AcrossSamples
+from .batches import batch_digest
 from .no_mean import NoMean
 from .steps import FirstSteps
 
@@ -57,6 +58,8 @@ class FirstLosses:
         self._gives_number = False  # whether a model has returned one in this step
         self._no_mean: tuple[str, str] | None = None
         self._beside: tuple[str, str, torch.Tensor] | None = None  # function, place, and what tells rows from others
+        self._across: tuple[str, str, str] | None = None  # what the loss does, by which function, and where
+        self._batch: torch.Tensor | None = None  # digest of what the last forward got
         self._said: set[str] = set()  # where counts differ, which other models may come to with other numbers
         self.renew()
         self._is_noted = False  # whether the loss whose backward comes next was looked at
@@ -80,7 +83,9 @@ class FirstLosses:
     def note(self, inputs: object) -> None:
         """An outermost forward is about to train on ``inputs``, of which the first tensor tells how many samples."""
         first = first_tensor(inputs)
-        self._samples = len(first) if first is not None and first.dim() else 0
+        self._tell_across()  # no step came in between, which would have told whether ranks have the same
+        self._batch = batch_digest(inputs) if self.wanted else None
+        self._samples = len(first) if first is not None else 0
         if first is not None:  # tokens, or a sequence of vectors, may be (length, batch, ...)
             self._is_batch_first = first.dim() != 3 and not (first.dim() == 2 and not first.is_floating_point())
             self._is_single = first.dim() == 1
@@ -118,7 +123,12 @@ class FirstLosses:
 
     def _say_across(self, what: str, function: str, place: str) -> None:
         self._said_across = True
-        if self._ctx.rank == 0:
+        self._across = what, function, place
+
+    def _tell_across(self) -> None:
+        found, self._across = self._across, None
+        if found is not None and self._ctx.rank == 0:
+            what, function, place = found
             warn(
                 f"The loss {what} ({function}; {place}): each rank has its own samples alone for that, one in "
                 f"{self._ctx.topology.data_size} of the whole batch's. Let it have those of all ranks: x = "
@@ -187,18 +197,23 @@ class FirstLosses:
         if not self.wanted:
             return
         self._gives_number = False
-        self._warn_of_no_mean()
-        here = torch.zeros(2 + _MOST, dtype=torch.float64, device="cpu")
+        here = torch.zeros(3 + _MOST, dtype=torch.float64, device="cpu")
         here[-1] = 0.0 if self._beside is None else self._beside[2]
+        here[-2] = self._ctx.rank if self._batch is None else self._batch
         here[0] = len(self._counts)
         for i, count in enumerate(self._counts[:_MOST], 1):
             here[i] = count
         self._counts = []
         rows = from_all(self._ctx, here)
+        if len(set(rows[:, -2].tolist())) == 1:  # all do what one rank does alone
+            self._no_mean = self._across = None
+        self._warn_of_no_mean()
+        self._tell_across()
         beside, self._beside = self._beside, None
         sizes = rows[:, -1].tolist()
         if beside is not None and all(sizes) and not all(_is_close(size, sizes[0]) for size in sizes):
             self._say_across("compares samples with rows without a gradient, others on each rank,", *beside[:2])
+            self._tell_across()
         found = _difference(rows.tolist())
         if found is None:
             return

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Scope = Function | ast.ClassDef
-
+BENT = {"exp", "expm1", "exp2", "sqrt", "rsqrt", "log", "log2", "log10", "log1p"}
+"""Functions of which the mean is another than that of what they are given: perplexities, roots of mean squares."""
+_MODULES = {"math", "torch", "np", "numpy"}
 
 _NO_NODES = {"ctx", "id", "attr", "kind", "conversion", "level", "module", "type_comment", "lineno", "asname"}
 """Fields that hold no node, or none that anybody asks for."""
@@ -198,5 +200,20 @@ def read_out(node: ast.AST) -> ast.expr | None:
         case ast.Call(func=ast.Attribute(value=value, attr="item" | "tolist" | "numpy"), args=[]):
             return value
         case ast.Call(func=ast.Name(id="float" | "int"), args=[value]):
+            return value
+    return None
+
+
+def reduction_of(call: ast.Call) -> object:
+    """What stands in ``reduction=``; None if nothing does, or no constant."""
+    return next((getattr(k.value, "value", None) for k in call.keywords if k.arg == "reduction"), None)
+
+
+def bent(node: ast.AST) -> ast.expr | None:
+    """``x`` of ``math.exp(x)``, ``torch.sqrt(x)`` and ``x.log()``, of which a mean is another than that of ``x``."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=module), attr=attr), args=[value]) if module in _MODULES:
+            return value if attr in BENT else None
+        case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[], keywords=[]) if attr in BENT:
             return value
     return None

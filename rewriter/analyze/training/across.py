@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TypeGuard
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, dotted, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import Function, dotted, names_in, reduction_of, walk, walk_own
 
 LOSSES = re.compile(
     r"cross_entropy|nll_loss|log_softmax|logsumexp|kl_div|mse_loss|smooth_l1|binary_cross|hinge|margin|"
@@ -787,11 +787,6 @@ def _is_total(node: ast.AST) -> TypeGuard[ast.Call]:
 def _is_summed(call: ast.Call) -> bool:
     """``F.cross_entropy(out, y, reduction="sum")``."""
     return reduction_of(call) == "sum"
-
-
-def reduction_of(call: ast.Call) -> object:
-    """What stands in ``reduction=``; None if nothing does, or no constant."""
-    return next((getattr(k.value, "value", None) for k in call.keywords if k.arg == "reduction"), None)
 
 
 def _name_of(node: ast.AST) -> str:

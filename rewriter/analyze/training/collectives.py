@@ -15,7 +15,7 @@ from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
 from rewriter.analyze.training.rank_names import is_rank, may_know_ranks
-from rewriter.analyze.training.readings import held_path, readings
+from rewriter.analyze.training.readings import curved, held_path, readings
 from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
 from rewriter.analyze.training.showing import Showing
@@ -74,6 +74,7 @@ class Collectives:
         self._functions: dict[ast.AST, bool] = {}
         self._values: dict[File, Values] = {}
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
+        self._curved: dict[File, dict[ast.expr, list[ast.Name]]] = {}
         self._shares: dict[File, dict[ast.expr, Share]] = {}
         self._unclear: dict[File, list[ast.expr]] = {}
         self._find_shares, self._gives_mean = shares, gives_mean
@@ -100,6 +101,7 @@ class Collectives:
                 counted,
                 lambda call: self.showing.given(file, call),
                 lambda nodes, name: self.showing.only(file, nodes, name),
+                self.curved(file),
             )
             self._readings[file] = {
                 reading: loss
@@ -107,6 +109,14 @@ class Collectives:
                 if loss not in counted and not self._is_made_whole(file, reading)
             }
         return self._readings[file]
+
+    def curved(self, file: File) -> dict[ast.expr, list[ast.Name]]:
+        """The functions of losses that get a name and are only shown, each with the losses in it."""
+        if file not in self._curved:
+            self._curved[file] = curved(
+                file, self.roles[file], lambda nodes, name: self.showing.only(file, nodes, name)
+            )
+        return self._curved[file]
 
     def _left_with_objects(self, file: File, call: ast.Call) -> Iterable[ast.expr]:
         """What a call leaves with an object of a class that is seen, which adds it up."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.read.nodes import Function, dotted, names_in, walk
 from rewriter.analyze.training.across import Flow
 from rewriter.analyze.training.scripts import Scripts
 
@@ -26,9 +26,11 @@ _NUMPY_SIZED = {
 _HARMLESS = {
     "to", "cuda", "cpu", "view", "view_as", "reshape", "expand", "unsqueeze", "squeeze", "type", "type_as", "float",
     "long", "int", "half", "bool", "clone", "size", "dim", "numel", "requires_grad_", "mul", "mul_", "add", "clamp",
-    "sqrt", "exp", "log", "new", "new_empty", "new_zeros", "repeat", "double", "sign", "pow", "abs",
+    "sqrt", "exp", "log", "new", "new_empty", "new_zeros", "repeat", "double", "sign", "pow", "abs", "flip", "roll",
 }  # fmt: skip
-_BUILT_IN = {"len", "int", "float", "max", "min", "tuple", "list"}
+_BUILT_IN = {"len", "int", "float", "max", "min", "tuple", "list", "range", "zip", "enumerate"}
+_LISTING = {"append", "extend", "add"}
+_GENERATORS = {"random.Random", "numpy.random.RandomState", "numpy.random.default_rng"}
 
 
 def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
@@ -53,6 +55,87 @@ def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
         ]
         helps = function is not None and bool(drawn) and _only_trains(file, scripts, function)
         yield from (node for node in drawn if helps or in_training_loop(file, node))
+
+
+def drawn_for_items(file: File, scripts: Scripts) -> Iterator[tuple[ast.Call, ast.stmt, bool]]:
+    """What is drawn for each item of a batch: the call, the statement that goes through the items, by own generator.
+
+    As in ``negatives = [random.randrange(items) for user in users]`` in a loop that trains, or in what that calls.
+    """
+    taken = scripts.batches.of(file)
+    common = taken.orders | {item for batch in [*taken.whole, *taken.parts] for item in walk(batch)}
+    for call in file.calls:
+        by_generator = _is_of_generator(file, scripts, call)
+        if call in common or not (by_generator or _draws_anything(file, scripts, call)) or _is_own(file, scripts, call):
+            continue
+        place = scripts.handed.around(file, call)
+        around = list(file.names.ancestors(call))
+        function = file.names.function_of(call)
+        if place is not None:
+            around, held = around[: around.index(place)], scripts.handed.kinds(file, place).batch
+        elif function is not None and _only_trains(file, scripts, function):
+            around, held = around[: around.index(function)], _given_batches(file, scripts, function)
+        else:
+            continue
+        over = [node for node in around if _is_over_items(node, held)]
+        if over:
+            yield call, file.names.statement_of(over[-1]), by_generator
+
+
+def _is_over_items(node: ast.AST, held: set[str]) -> bool:
+    """``for user in users``, ``[... for i in range(len(users))]``; a loop that trains is over parts of a batch."""
+    match node:
+        case ast.For(iter=iterated) if not any(
+            isinstance(item, ast.Attribute) and item.attr == "backward" for item in walk(node)
+        ):
+            return bool(names_in(iterated) & held)
+        case (
+            ast.ListComp(generators=[one, *_])
+            | ast.GeneratorExp(generators=[one, *_])
+            | ast.SetComp(generators=[one, *_])
+        ):
+            return bool(names_in(one.iter) & held)
+    return False
+
+
+def _draws_anything(file: File, scripts: Scripts, call: ast.Call) -> bool:
+    """Whether a call draws from a stream that all ranks share."""
+    if any(keyword.arg == "generator" for keyword in call.keywords):
+        return False
+    known = scripts.project.external(file, call.func) if dotted(call.func) else ""
+    if known.startswith("random."):
+        return known[7:8].islower() and known not in {"random.seed", "random.getstate", "random.setstate"}
+    drawn = _LIKE - {"dropout"} | _SIZED | {"multinomial"}
+    return _numpy_name(file, scripts, call) in _NUMPY_SIZED | {"shuffle"} or _torch_name(file, scripts, call) in drawn
+
+
+def _is_of_generator(file: File, scripts: Scripts, call: ast.Call) -> bool:
+    """``rng.randint(9)`` of ``rng = np.random.RandomState(0)``, or ``torch.rand(3, generator=g)``."""
+    if any(keyword.arg == "generator" for keyword in call.keywords):
+        return bool(_torch_name(file, scripts, call))
+    if not isinstance(call.func, ast.Attribute) or not isinstance(call.func.value, (ast.Name, ast.Attribute)):
+        return False
+    roles = scripts.roles[file]
+    variable = roles.var(call.func.value)
+    made = [value for held, value, _, part in roles.assignments if held == variable and not part]
+    return any(
+        isinstance(value, ast.Call) and scripts.project.external(file, value.func) in _GENERATORS for value in made
+    )
+
+
+def _given_batches(file: File, scripts: Scripts, function: Function) -> set[str]:
+    """The parameters for which every call that trains gives a batch, or a part of one."""
+    found = set()
+    for argument in (*function.args.args, *function.args.kwonlyargs):
+        given = [
+            g for g in scripts.collectives.instances.given(file, function, argument.arg) if g[0] in scripts.training
+        ]
+        places = [(other, scripts.handed.around(other, value), value) for other, value in given]
+        if places and all(
+            place is not None and scripts.handed.kinds(other, place).of_batch(value) for other, place, value in places
+        ):
+            found.add(argument.arg)
+    return found
 
 
 def acts_by_draws(file: File, scripts: Scripts) -> bool:
@@ -107,6 +190,19 @@ def _draws_in_forward(file: File, scripts: Scripts) -> bool:
 
 def is_plain(file: File, scripts: Scripts, statement: ast.stmt) -> bool:
     """Whether a statement only computes with tensors, so that it runs no model and no collective."""
+    if isinstance(statement, (ast.For, ast.While, ast.If)):
+        inner = [*statement.body, *statement.orelse]
+        head = statement.iter if isinstance(statement, ast.For) else statement.test
+        calls = (call for call in walk(head) if isinstance(call, ast.Call))
+        return all(_is_harmless(file, scripts, call) for call in calls) and all(
+            isinstance(item, ast.Pass | ast.Break | ast.Continue) or is_plain(file, scripts, item) for item in inner
+        )
+    if isinstance(statement, ast.Expr):
+        call = statement.value
+        listed = isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in _LISTING
+        return listed and all(
+            _is_harmless(file, scripts, c) for c in walk(call) if isinstance(c, ast.Call) and c is not call
+        )
     if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return)):
         return False
     return all(_is_harmless(file, scripts, call) for call in walk(statement) if isinstance(call, ast.Call))
@@ -202,6 +298,8 @@ def _is_harmless(file: File, scripts: Scripts, call: ast.Call) -> bool:
     if _torch_name(file, scripts, call) or (isinstance(call.func, ast.Name) and call.func.id in _BUILT_IN):
         return True
     if _numpy_name(file, scripts, call) or _is_tensor_type(file, scripts, call.func):
+        return True
+    if dotted(call.func) and scripts.project.external(file, call.func).startswith("random."):
         return True
     return isinstance(call.func, ast.Attribute) and call.func.attr in (_HARMLESS | _IN_PLACE)
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.nodes import names_in, read_out, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, names_in, read_out, walk, walk_own
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Place, assigned
 
-_OF_KIND = {"device", "dtype", "ndim", "shape", "size"}
+_OF_KIND = {"device", "dtype", "ndim"}
+_SIZES = {"shape", "size"}
 _LOSS = re.compile(r"loss", re.I)
+_DATA = re.compile(r"batch|data|sample|item|graph", re.I)
 _ROUNDS = 3
 
 
@@ -24,36 +26,85 @@ class KeptBatches:
         self.scripts = scripts
 
     def numbers(self, file: File) -> Iterator[ast.expr]:
-        """What a file reads out of batches that objects keep: ``(self.out > 0).float().mean().item()``."""
+        """What a file reads out of batches that objects keep, or counts: ``(self.out > 0).float().mean().item()``.
+
+        Behind the loop, in the code that made the object, any use of such a batch.
+        """
         names = {name for kept in self._kept.values() for name in kept}
+        roles = self.scripts.roles[file]
         for node in file.nodes if any(map(file.mentions, names)) else ():
             read = read_out(node)
-            if read is not None and any(self._is_kept(file, item) for item in walk(read)):
+            if isinstance(node, ast.AugAssign):
+                sums = not _LOSS.search(dotted(node.target) or "") and roles.var(node.target) not in roles.losses
+                if sums and self._is_made_of_kept(file, node.value, sizes=True):
+                    yield node.value
+            elif read is not None and self._is_made_of_kept(file, read):
                 assert isinstance(node, ast.expr)
                 yield node
+            elif isinstance(node, ast.Attribute) and self._is_left(file, node):
+                yield node
 
-    def _is_kept(self, file: File, node: ast.AST) -> bool:
+    def _is_made_of_kept(self, file: File, value: ast.expr, sizes: bool = False) -> bool:
+        """Whether a value, or a name of its function that it is made of, is of such a batch, or else its size."""
+        function = file.names.function_of(value)
+        own = [item for statement in function.body for item in walk_own(statement)] if function is not None else []
+        held = {
+            item.targets[0].id: item.value
+            for item in own
+            if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name)
+        }
+        known = [value, *(held[item.id] for item in walk(value) if isinstance(item, ast.Name) and item.id in held)]
+        return any(self._is_kept(file, item, sizes) for made in known for item in walk(made))
+
+    def _is_left(self, file: File, node: ast.Attribute) -> bool:
+        """``learner.out`` behind the loop, where ``learner = Learner()`` was made."""
+        if not isinstance(node.value, ast.Name) or not isinstance(node.ctx, ast.Load):
+            return False
+        made = [item for item in file.names.values_of(node.value) if isinstance(item, ast.Call)]
+        if not any(isinstance(self.scripts.project.resolve(file, item.func), ClassInfo) for item in made):
+            return False
+        return self.scripts.handed.around(file, node) is None and self._is_kept(file, node)
+
+    def _is_kept(self, file: File, node: ast.AST, sizes: bool = False) -> bool:
         if not isinstance(node, ast.Attribute) or not any(node.attr in kept for kept in self._kept.values()):
             return False
         owner = file.names.class_of(node) if _own(node) else None
-        instances = self.scripts.collectives.instances
-        info = file.class_info(owner) if owner is not None else instances.class_of(file, node.value)
+        info = file.class_info(owner) if owner is not None else self._class_of(file, node)
         if info is None or node.attr not in self._kept.get(info, ()):
             return False
         match file.names.parents[node]:
             case ast.Attribute(attr=attr):
-                return attr not in _OF_KIND
+                return attr not in _OF_KIND and (sizes or attr not in _SIZES)
+            case ast.Call(func=ast.Name(id="len")):
+                return sizes
             case ast.Subscript(slice=ast.Constant(value=0)):
                 return False  # rank 0's first item is the batch's
         return True
+
+    def _class_of(self, file: File, node: ast.Attribute) -> ClassInfo | None:
+        """Whose attribute this is: of what a callback is given, ``trainer.out``, the class that has all it reads."""
+        found = self.scripts.collectives.instances.class_of(file, node.value)
+        function = file.names.function_of(node)
+        if found is not None or function is None or not isinstance(node.value, ast.Name):
+            return found
+        given = {argument.arg for argument in function.args.args}
+        if node.value.id not in given or _DATA.search(node.value.id):
+            return None
+        read = {
+            item.attr
+            for item in walk(function)
+            if isinstance(item, ast.Attribute) and dotted(item.value) == node.value.id
+        }
+        having = (info for info, kept in self._kept.items() if node.attr in kept)
+        return next((info for info in having if read <= _attributes(info)), None)
 
     @cached_property
     def _kept(self) -> dict[ClassInfo, set[str]]:
         """By class, the attributes that hold a share of a batch, or what is made of one without a loss."""
         found: dict[ClassInfo, set[str]] = {}
         for file in self.scripts.training:
-            for place, held in list(self.scripts.handed.of(file).items()):
-                for info, names in self._kept_in(file, place) if held.known else ():
+            for place in list(self.scripts.handed.of(file)):
+                for info, names in self._kept_in(file, place):
                     if not self.scripts.classes.is_module(info):
                         found.setdefault(info, set()).update(names)
         for info, kept in found.items():
@@ -90,6 +141,12 @@ def _own(node: ast.expr) -> str:
         case ast.Attribute(value=ast.Name(id="self"), attr=attr):
             return attr
     return ""
+
+
+def _attributes(info: ClassInfo) -> set[str]:
+    """What objects of a class have, as far as it says so itself."""
+    stored = {_own(item) for item in walk(info.node) if isinstance(item, ast.Attribute)}
+    return stored | info.methods.keys()
 
 
 def _stored(method: ast.AST, names: set[str], kept: set[str]) -> dict[str, ast.expr]:

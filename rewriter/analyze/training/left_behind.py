@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import Scope, dotted, is_backward, item_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import Scope, dotted, is_backward, item_of, names_in, reduction_of, walk, walk_own
 from rewriter.analyze.read.project import Project
-from rewriter.analyze.training.across import reduction_of
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Kinds, Loop, loop_over
 

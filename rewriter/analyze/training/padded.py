@@ -20,6 +20,7 @@ _KNOWN = re.compile(r"(?:torch|torchvision|timm|transformers)\.")
 """Packages whose functions make batches of which each row is a sample."""
 _DEEP = 2
 _RECURRENT = {"LSTM", "GRU", "RNN"}
+_PACKS = re.compile(rb"\bpack_(?:padded_)?sequence\b")
 
 
 class Padded:
@@ -33,6 +34,7 @@ class Padded:
         """Where a file's loaders pad to the longest of a batch, the module that looks at padding, and where.
 
         Nothing where some module, of whatever file, knows of masks or lengths: what is padded may be left out there.
+        A recurrent layer leaves out what is packed only.
         """
         made = [call for call in self._padding(file) if not self.scripts.in_kept_guard(file, call)]
         if not made:
@@ -43,12 +45,17 @@ class Padded:
             for info in self.classes.all(other)
             if self.classes.is_module(info) and "forward" in info.methods
         ]
-        if any(_masks(info.node) for info in modules):
+        left_out = {
+            False: any(_masks(info.node) for info in modules),
+            True: any(_PACKS.search(other.source.data) for other in self.scripts.training),
+        }
+        if all(left_out.values()):
             return
         for info in modules:
-            for place in _over_time(info):
-                yield made[0], info, place
-                return
+            for place, recurs in _over_time(info):
+                if not left_out[recurs]:
+                    yield made[0], info, place
+                    return
 
     def _padding(self, file: File) -> Iterator[ast.Call]:
         for function in self.collating()[0]:
@@ -138,34 +145,61 @@ def _masks(node: ast.ClassDef) -> bool:
     return False
 
 
-def _over_time(info: ClassInfo) -> Iterator[ast.AST]:
-    """What makes something of all positions of a sequence."""
-    names = {(dotted(item.func) or "").split(".")[-1] for item in walk(info.node) if isinstance(item, ast.Call)}
+def _over_time(info: ClassInfo) -> Iterator[tuple[ast.AST, bool]]:
+    """What makes something of all positions of a sequence, and whether it is what a recurrent layer ends with."""
+    made = [item for item in walk(info.node) if isinstance(item, ast.Call)]
+    names = {(dotted(item.func) or "").split(".")[-1] for item in made}
     multiplies = bool(names & _PRODUCTS) or any(
         isinstance(item, ast.BinOp) and isinstance(item.op, ast.MatMult) for item in walk(info.node)
     )
-    recurs = bool(names & _RECURRENT)
-    for item in walk(info.methods["forward"]):
+    layers = {
+        (dotted(target) or "").removeprefix("self.")
+        for item in walk(info.node)
+        if isinstance(item, ast.Assign) and isinstance(item.value, ast.Call)
+        if (dotted(item.value.func) or "").split(".")[-1] in _RECURRENT
+        for target in item.targets
+    }
+    for item in (item for method in _run(info) for item in walk(method)):
         match item:
             case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords):
                 given = [*args, *(keyword.value for keyword in keywords if keyword.arg in {"dim", "axis"})]
                 pooled = attr in _POOLED and any(_number(value) in _TIME for value in given)
                 pooled = pooled or (attr == "max_pool1d" and not all(map(_is_constant, args[1:])))
                 if pooled or _POOLS.match(attr) or attr in _ATTENDS or (attr == "softmax" and multiplies):
-                    yield item
-            case ast.Subscript(slice=ast.Tuple(elts=[_, place, *_]) | place) if recurs and _number(place) == -1:
-                yield item  # the last step, or the state behind it
-            case ast.Assign(targets=[ast.Tuple(elts=[_, state])], value=ast.Call()) if recurs:
+                    yield item, False
+            case ast.Subscript(value=value, slice=ast.Constant(value=1)) if _recurs(value, layers):
+                yield item, True  # the state behind the last step
+            case ast.Subscript(slice=ast.Tuple(elts=[_, place, *_]) | place) if layers and _number(place) == -1:
+                yield item, True  # the last step, or the state behind it
+            case ast.Return(value=value) if _recurs(value, layers):
+                yield item, True
+            case ast.Assign(targets=[ast.Tuple(elts=[_, state])], value=ast.Call()) if layers:
                 held = {n.id for n in walk(state) if isinstance(n, ast.Name)} - {"_"}
-                read = (n for n in walk(info.methods["forward"]) if isinstance(n, ast.Name))
-                if any(n.id in held and isinstance(n.ctx, ast.Load) and n.lineno > item.lineno for n in read):
-                    yield item
-    for item in walk(info.node):
-        if isinstance(item, ast.Call):
-            name = (dotted(item.func) or "").split(".")[-1]
-            backwards = any(k.arg == "bidirectional" and getattr(k.value, "value", False) for k in item.keywords)
-            if _POOLS.match(name) or name in _ATTENDS or (name in _RECURRENT and backwards):
-                yield item
+                read = (n for method in _run(info) for n in walk(method) if isinstance(n, ast.Name))
+                behind = (item.end_lineno or item.lineno, item.end_col_offset or 0)
+                if any(
+                    n.id in held and isinstance(n.ctx, ast.Load) and (n.lineno, n.col_offset) > behind for n in read
+                ):
+                    yield item, True
+    for item in made:
+        name = (dotted(item.func) or "").split(".")[-1]
+        backwards = any(k.arg == "bidirectional" and getattr(k.value, "value", False) for k in item.keywords)
+        if name in _RECURRENT and backwards:
+            yield item, True
+        elif _POOLS.match(name) or name in _ATTENDS:
+            yield item, False
+
+
+def _run(info: ClassInfo) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """A module's forward, and the methods of its own that this calls."""
+    forward = info.methods["forward"]
+    called = {dotted(item.func) for item in walk(forward) if isinstance(item, ast.Call)}
+    return [forward, *(method for name, method in info.methods.items() if f"self.{name}" in called)]
+
+
+def _recurs(node: ast.expr | None, layers: set[str]) -> bool:
+    """``self.rnn(x)``."""
+    return isinstance(node, ast.Call) and (dotted(node.func) or "").removeprefix("self.") in layers
 
 
 def _number(node: ast.expr) -> object:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import assigned_by, dotted, loss_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import assigned_by, bent, dotted, loss_of, names_in, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
 _READERS = {"item", "tolist", "numpy"}
 _VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to", "squeeze", "numpy"}
 _NUMBERS = {"float", "str", "repr"}
+_LISTS = {"append", "appendleft", "extend", "insert"}
 _FILLED = {"zeros", "empty", "ones", "full", "zeros_like", "empty_like"}
 _SUMS = (b'"sum"', b"'sum'", b"size_average")
 _COUNTS = re.compile(r"num|count|hits|correct|^n_|^n$|total_|tokens", re.I)
 _QUESTIONS = {"isnan", "isinf", "isfinite"}
 _OF_NUMBERS = {f"{module}.{name}" for module in ("math", "torch", "numpy") for name in _QUESTIONS}
-_BENT = {"exp", "expm1", "exp2", "sqrt", "rsqrt", "log", "log2", "log10", "log1p"}
-"""Functions of which the mean is another than that of what they are given: perplexities, roots of mean squares."""
-_MODULES = {"math", "torch", "np", "numpy"}
 _OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
 _OF_NUMPY = {"numpy.array", "numpy.asarray", "numpy.float32", "numpy.float64", "numpy.mean"}
 
@@ -35,16 +33,19 @@ def readings(
     counted: Set[ast.AST] = frozenset(),
     shown: Callable[[ast.Call], Iterable[ast.expr]] = lambda call: (),
     only_shown: Callable[[list[ast.AST], str], bool] = lambda nodes, name: False,
+    curved: Mapping[ast.expr, list[ast.Name]] = {},
 ) -> dict[ast.expr, ast.expr]:
     """Expressions that give a loss's value away, each with the loss tensor in it.
 
     ``attributes`` are names under which objects of the project hold a loss, as ``held_path`` has them; ``kept`` tells
     what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a mean over a batch at a place.
     ``counted`` is what becomes that of all ranks where it is added up; ``shown`` tells what a call gives a function of
-    the project that only shows it, ``only_shown`` whether that is so of a name among nodes.
+    the project that only shows it, ``only_shown`` whether that is so of a name among nodes. ``curved`` are functions of
+    losses that get a name, as ``curved`` finds them.
     """
-    found: dict[ast.expr, ast.expr] = {}
-    taken: set[ast.expr] = set()
+    found: dict[ast.expr, ast.expr] = {name: name for names in curved.values() for name in names}
+    taken: set[ast.expr] = {*found}
+    whole = {v for v, value, *_ in roles.assignments if value in curved}
     totals = _totals(roles, counted)
     for node in file.nodes:
         given = kept(node) if isinstance(node, ast.Call) else ()
@@ -53,7 +54,7 @@ def readings(
         handed = [value for value in handed if roles.var(viewed(value)) not in roles.loss_dicts]
         for reading in (*candidates(roles, node), *_tested(file, roles, node), *given, *handed):
             loss = viewed(reading)
-            known = roles.var(loss) in roles.losses or ast.dump(loss) in roles.loss_parts
+            known = roles.var(loss) in roles.losses - whole or ast.dump(loss) in roles.loss_parts
             known = known or (_reads(reading) and held_path(loss) in attributes)
             known = known or (_reads(reading) and _is_given(loss, gives_mean))
             known = known or (isinstance(loss, ast.Subscript) and _of_dict(roles, loss) is not None)
@@ -237,7 +238,7 @@ def _entered(roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name
     """Losses that entries of a dict add up, and totals that become an entry: ``log["loss"] += loss.detach()``."""
     target, values = _addition(node)
     if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
-        if not _is_trained(roles, target):
+        if not _is_trained(roles, target.value):
             names = (name for value in values for name in _whole(value) if not _is_number(value))
             yield from (name for name in names if roles.var(name) in roles.losses)
         return
@@ -261,6 +262,75 @@ def _bent_apart(file: File, roles: Roles, totals: set[Var], node: ast.AST) -> It
     assert isinstance(node, ast.Call)
     if (dotted(node.func) or "").startswith("math.") or all(_is_apart(roles, totals, name) for name in names):
         yield from (name for name in names if not _may_be_number(roles, totals, name))
+
+
+def curved(
+    file: File, roles: Roles, only_shown: Callable[[list[ast.AST], str], bool]
+) -> dict[ast.expr, list[ast.Name]]:
+    """``ppl = torch.exp(loss)`` and ``rmse = loss ** 0.5`` that are only shown: the value, and the losses in it.
+
+    The mean of the ranks' perplexities is not that of the mean loss, so it is the losses that are averaged.
+    """
+    made: dict[Var, list[ast.Assign]] = {}
+    for node in file.nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            if (variable := roles.var(node.targets[0])) is not None:
+                made.setdefault(variable, []).append(node)
+    found: dict[ast.expr, list[ast.Name]] = {}
+    for variable, statements in made.items():
+        held = {statement.value: _bends(roles, statement.value) for statement in statements}
+        if variable not in roles.trained and all(names is not None for names in held.values()):
+            function = file.names.function_of(statements[0])
+            body = function.body if function is not None else file.tree.body
+            nodes = [item for statement in body for item in walk_own(statement)]
+            named = [item for item in nodes if isinstance(item, ast.Name) and item.id == variable[1]]
+            cut = {item for item in named if isinstance(item.ctx, ast.Load) and _reads(_reading_of(file, item))}
+            left = any(isinstance(item.ctx, ast.Load) for item in named if item not in cut)
+            if not left or only_shown([item for item in nodes if item not in cut], variable[1]):
+                found |= {value: names for value, names in held.items() if names is not None}
+    return found
+
+
+def _bends(roles: Roles, value: ast.expr) -> list[ast.Name] | None:
+    """The losses that are no numbers yet in a function of losses that is no multiple of them; None if it is another."""
+    names = [
+        item
+        for item in walk(value)
+        if isinstance(item, ast.Name) and roles.var(item) in roles.losses and not _asks_kind(roles.file, item)
+    ]
+
+    def holds(node: ast.AST) -> bool:
+        return any(item in names for item in walk(node))
+
+    others = [item for item in walk(value) if isinstance(item, ast.Name) and item not in names]
+    if not all(_is_constant(roles, item) for item in others):
+        return None
+    for item in walk(value):
+        match item:
+            case ast.Call() if (inner := bent(item)) is not None and holds(inner):
+                break
+            case ast.BinOp(left=left, op=ast.Pow()) if holds(left):
+                break
+            case ast.BinOp(op=ast.Div(), right=right) if holds(right):
+                break
+    else:
+        return None
+    return [name for name in names if not _reads(_reading_of(roles.file, name))]
+
+
+def _is_constant(roles: Roles, name: ast.Name) -> bool:
+    """Whether a name is that of a module, of a built-in function, or of a number that is written out."""
+    found = roles.file.names.lookup(name.id, roles.file.names.scope_of(name))
+    if found is None or roles.project.external(roles.file, name):
+        return True
+    made = roles.file.names.values_of(name)
+    return bool(made) and all(isinstance(value, ast.Constant) for value in made)
+
+
+def _asks_kind(file: File, name: ast.Name) -> bool:
+    """``loss.device``, ``loss.shape``."""
+    parent = file.names.parents[name]
+    return isinstance(parent, ast.Attribute) and parent.attr in {"device", "dtype", "shape", "size", "grad"}
 
 
 def _bent_by_own(file: File, node: ast.AST) -> ast.expr | None:
@@ -292,19 +362,26 @@ def _is_apart(roles: Roles, totals: set[Var], name: ast.Name, deep: int = 0) -> 
     return bool(made)
 
 
-def bent(node: ast.AST) -> ast.expr | None:
-    """``x`` of ``math.exp(x)``, ``torch.sqrt(x)`` and ``x.log()``, of which a mean is another than that of ``x``."""
-    match node:
-        case ast.Call(func=ast.Attribute(value=ast.Name(id=module), attr=attr), args=[value]) if module in _MODULES:
-            return value if attr in _BENT else None
-        case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[], keywords=[]) if attr in _BENT:
-            return value
-    return None
+def _is_kept_apart(roles: Roles, holder: ast.expr, loss: ast.expr) -> bool:
+    """``losses.append(loss / 4)`` in the loop that calls ``loss.backward()``, of a list that nothing is trained on."""
+
+    def loop_of(node: ast.AST) -> ast.AST | None:
+        return next((item for item in roles.file.names.ancestors(node) if isinstance(item, (ast.For, ast.While))), None)
+
+    while isinstance(holder, (ast.Subscript, ast.Call)):  # ``history["loss"]``, ``history.setdefault("loss", [])``
+        held = holder.value if isinstance(holder, ast.Subscript) else holder.func
+        holder = held.value if isinstance(held, ast.Attribute) and isinstance(holder, ast.Call) else held
+    losses = {variable for name in _whole(loss) if (variable := roles.var(name)) in roles.losses}
+    loop = loop_of(loss)
+    if loop is None or not losses <= roles.trained or _is_trained(roles, holder):
+        return False
+    trained = {roles.var(of) for call in roles.file.calls if (of := loss_of(call)) and loop_of(call) is loop}
+    return bool(losses) and losses <= trained
 
 
-def _is_trained(roles: Roles, entry: ast.Subscript) -> bool:
-    """Whether backward is called on an entry of a dict, or on what is made of the dict."""
-    held = roles.var(entry.value)
+def _is_trained(roles: Roles, holder: ast.expr) -> bool:
+    """Whether backward is called on what a dict or list holds, or on what is made of that."""
+    held = roles.var(holder)
     made = [value for variable, value, _, _ in roles.assignments if variable in roles.trained]
     made += [value for call in roles.file.calls if (loss := loss_of(call)) for value in (loss, *call.args)]
     return any(roles.var(item) == held for value in made for item in ast.walk(value) if isinstance(item, ast.Name))
@@ -350,7 +427,8 @@ def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
         case ast.Call(args=[value]) if roles.project.external(roles.file, node.func) in _OF_NUMPY:
             yield value
         case ast.Assign(targets=[ast.Subscript(value=holder)], value=value):
-            if roles.var(viewed(value)) in roles.losses and _is_of_numbers(roles, holder):
+            numbers = roles.var(viewed(value)) in roles.losses and _is_of_numbers(roles, holder)
+            if numbers or _is_kept_apart(roles, holder, value):
                 yield value
         case ast.FormattedValue(value=value):
             yield value
@@ -360,8 +438,8 @@ def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
             yield from (*values, *(keyword.value for keyword in named))
         case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
             yield from _parts(right)
-        case ast.Call(func=ast.Attribute(attr="append"), args=[value]):
-            yield from (part for part in _parts(value) if part is not viewed(part))
+        case ast.Call(func=ast.Attribute(value=holder, attr=attr), args=[*_, value]) if attr in _LISTS:
+            yield from (p for p in _parts(value) if p is not viewed(p) or _is_kept_apart(roles, holder, p))
         case ast.Call(func=ast.Attribute(attr=attr)) if attr in SHOWING_METHODS:
             given = [*node.args, *(keyword.value for keyword in node.keywords)]
             yield from (part for value in given for part in _parts(value))

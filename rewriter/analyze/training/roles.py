@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import all_arguments, dotted, loss_of, walk, walk_own
+from rewriter.analyze.read.nodes import all_arguments, dotted, loss_of, reduction_of, walk, walk_own
 from rewriter.analyze.read.project import Project
 
 Var = tuple[ast.AST, str]
@@ -571,11 +571,13 @@ class Roles:
             for variable, value, _, part in self.assignments:
                 if "." in variable[1] or isinstance(value, (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.ListComp)):
                     continue
-                summed = isinstance(value, ast.BinOp) and not self._has_entry(value)
+                summed = isinstance(value, ast.BinOp) and not (
+                    isinstance(value.op, ast.Pow) or self._has_entry(value)  # a power is no multiple
+                )
                 if "loss" in variable[1].lower() or summed or isinstance(value, ast.IfExp):
                     if self._loss_value(value, found, part):
                         found.add(variable)
-                if not part and self.gives_loss(value, found):
+                if not part and (self.gives_loss(value, found) or self._is_same_loss(value, found)):
                     found.add(variable)
             for node in self.file.nodes:
                 found |= self._losses_in_tuple(node, found)
@@ -585,7 +587,44 @@ class Roles:
                     total = self.var(node.target)
                     if total is not None and "." not in total[1]:
                         found.add(total)
-        return found - self.managers - (self._functions - self.trained)
+        return found - self.managers - (self._functions - self.trained) - self._of_items
+
+    @cached_property
+    def _criteria(self) -> set[Var]:
+        """Names of torch's losses that give one number: ``l1 = nn.L1Loss()``."""
+        return {
+            variable
+            for variable, value, _, part in self.assignments
+            if not part and isinstance(value, ast.Call) and reduction_of(value) != "none"
+            if (name := self.project.external(self.file, value.func)).startswith("torch.nn.") and name.endswith("Loss")
+        }
+
+    @cached_property
+    def _of_items(self) -> set[Var]:
+        """Names of the losses of each item: ``losses = F.cross_entropy(out, y, reduction="none")``."""
+        made: dict[Var, list[ast.expr]] = {}
+        for variable, value, _, part in self.assignments:
+            if not part:
+                made.setdefault(variable, []).append(value)
+
+        def is_per_item(value: ast.expr) -> bool:
+            if not isinstance(value, ast.Call):
+                return False
+            function = self.var(value.func)
+            criteria = [value.func] if function is None else made.get(function, [])
+            calls = [value, *(one for one in criteria if isinstance(one, ast.Call))]
+            return any(reduction_of(call) == "none" for call in calls)
+
+        return {variable for variable, values in made.items() if all(map(is_per_item, values))}
+
+    def _is_same_loss(self, value: ast.expr, known: set[Var]) -> bool:
+        """``last = loss``, ``last = loss.detach()`` of a loss that backward is called on."""
+        while isinstance(value, (ast.Call, ast.Attribute)):
+            inner = value.func if isinstance(value, ast.Call) else value
+            if not isinstance(inner, ast.Attribute) or inner.attr not in {"detach", "clone", "cpu", "data"}:
+                return False
+            value = inner.value
+        return isinstance(value, ast.Name) and self.var(value) in known & self.trained
 
     @cached_property
     def _functions(self) -> set[Var]:
@@ -747,6 +786,8 @@ class Roles:
                 return False
             if isinstance(value.func, ast.Attribute) and value.func.attr in _REDUCTIONS:
                 return self._loss_value(value.func.value, known, part)
+            if self.var(value.func) in self._criteria:
+                return True
             made = value.func.func if isinstance(value.func, ast.Call) else value.func  # nn.MSELoss()(out, y)
             name = dotted(made) or ""
             return bool(LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(

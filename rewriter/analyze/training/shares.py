@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import Scope, dotted, is_backward, item_of, names_in, positional, walk, walk_own
+from rewriter.analyze.read.nodes import (
+    BENT,
+    Scope,
+    bent,
+    dotted,
+    is_backward,
+    item_of,
+    names_in,
+    positional,
+    walk,
+    walk_own,
+)
 from rewriter.analyze.training.keepers import Keepers, Kept
 from rewriter.analyze.training.over_ranks import gives_whole
 from rewriter.analyze.training.picked import ALL, FIRST, Picked
@@ -52,6 +63,16 @@ _KEEPS = {"add", "put", "insert", "appendleft"}
 _IN_PLACE = {"add_", "sub_", "copy_", "index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "fill_"}
 _AT = re.compile(r"^(?:np|numpy)\.\w+\.at$")
 _NO_MEANS = {"norm", "std", "var", "max", "min", "median", "amax", "amin"}
+_OF_ALL_ITEMS = {"quantile", "nanquantile", "percentile", "nanpercentile", "nanmedian", "corrcoef", "cov", "dist"}
+_CRITERION = re.compile(r"torch\.nn\.(?:functional\.(?:\w+_loss|\w*cross_entropy\w*|kl_div)|\w+Loss)$")
+_METRICS = ("sklearn.metrics.", "scipy.stats.")
+_AVERAGED = re.compile(r"accuracy_score$|mean_|loss$")
+_FILES = {
+    "json.dump", "pickle.dump", "torch.save", "numpy.save", "numpy.savez", "numpy.savez_compressed", "numpy.savetxt",
+    "scipy.io.savemat", "yaml.dump", "joblib.dump", "torchvision.utils.save_image",
+}  # fmt: skip
+_ALL_OF = {"add_histogram", "add_images", "add_embedding"}
+_ROWS = {"tolist", "numpy", "detach", "cpu"}
 _OF_SHAPE = {"shape", "size", "dtype", "device", "dim", "type"}
 _SUMS = {"count", "n", "num", "cnt", "total", "sum", "samples", "n_samples"}
 _COUNTED = {"bincount"}
@@ -93,6 +114,18 @@ def shares(file: File, places: Mapping[Place, bool], kinds_of: Callable[[Place],
     return found
 
 
+def _curved(node: ast.AST) -> ast.expr | None:
+    """``x`` of ``math.sqrt(x)``, ``x.log()`` and ``x ** 0.5``: the mean of the ranks' is not that of the mean."""
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=[value]) if name in BENT:
+            return value
+        case ast.BinOp(left=left, op=ast.Pow()):
+            return left
+        case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args) if attr in _ITEM_BY_ITEM:
+            return args[0] if dotted(value) in _FUNCTIONS and args else value
+    return bent(node)
+
+
 def loop_over(loop: ast.For) -> ast.expr | None:
     """The loader in ``enumerate(tqdm(loader))``, if it can be named again."""
     node = loop.iter
@@ -115,7 +148,8 @@ class Kinds:
 
     ``held`` are the names that the loop, or a function in its stead, gets its batch by; ``reduced`` says of what a loss
     function makes whether it is a ``sum`` or a ``mean``, and ``in_parts`` of what a call gives at a place, or of each
-    value in a collection. ``inside`` gives the same for a function that is called with something of the batch.
+    value in a collection. ``inside`` gives the same for a function that is called with something of the batch;
+    ``of_all_ranks`` are values that are made of the losses of all ranks where they get a name.
     """
 
     def __init__(
@@ -129,9 +163,11 @@ class Kinds:
         keepers: Keepers,
         inside: Callable[[FunctionInfo, set[str]], Kinds | None] = lambda function, held: None,
         shown_by: Callable[[ast.Call], list[ast.expr]] = lambda call: [],
+        of_all_ranks: Collection[ast.expr] = (),
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
         self.in_parts, self._inside, self._shown_by_call = in_parts, inside, shown_by
+        self._made_of_all_ranks = of_all_ranks
         self._within: dict[tuple[ast.AST, frozenset[str], frozenset[str]], Kinds | None] = {}
         self._means = frozenset[str]()  # names that a function gets a mean or a loss by
         self.totals_become_whole = False
@@ -276,6 +312,8 @@ class Kinds:
         """Whether a value comes of the loop's batch and is not made the ranks' yet; ``bound`` are names of its own."""
         if isinstance(node, ast.Call) and self.is_of_all_ranks(node):
             return False
+        if node in self._made_of_all_ranks:
+            return False
         if isinstance(node, ast.Name):
             return node.id in self.batch and node.id not in self.added and node.id not in bound
         if isinstance(node, ast.Attribute) and node.attr in {"dtype", "device", "ndim"}:
@@ -382,7 +420,8 @@ class Kinds:
             case ast.Assign() if node in self.grown:
                 yield from self._put_behind(node)
             case ast.Assign(targets=[ast.Subscript() as target], value=value):
-                yield from self._put_at(target, value)
+                added = _added_to_entry(target, value)
+                yield from self._put_at(target, value) if added is None else self._added_at(target, added)
             case ast.Dict() | ast.Call() if (parts := _entries(node)) and any(map(self._is_number_read, parts)):
                 yield from ((part, self.kind(part)) for part in parts if self._is_made_whole(part))
             case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
@@ -393,6 +432,10 @@ class Kinds:
                     yield from self._left_with_object(left, node.func)
             case ast.Call() if given := self._shown_by_call(node):
                 yield from self._handed_to_show(given)
+            case ast.Call() if (
+                self.roles.project.external(self.file, node.func) in _FILES or getattr(node.func, "attr", "") in _ALL_OF
+            ):
+                yield from self._put_in_file([*node.args, *(keyword.value for keyword in node.keywords)])
             case ast.Call(func=ast.Attribute(attr=attr)) if attr in _METERS:
                 yield from self._handed_to_meter(node, attr)
             case _:
@@ -414,6 +457,18 @@ class Kinds:
                 yield value, kind
             elif kind == "samples" and not self._holds_inside(target):
                 yield value, "unknown"
+
+    def _added_at(self, target: ast.Subscript, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
+        """``n["seen"] = n["seen"] + len(x)``, ``n[k] = n.get(k, 0) + len(x)``."""
+        kind = self.kind(value)
+        if self._holds_inside(target.value):
+            return
+        if self.of_batch(target.slice):
+            yield target, "unknown"
+        elif kind == "mixed":
+            yield from self._split(value)
+        elif kind in _COMES_OF_IT:
+            yield value, kind if kind != "samples" or self._is_list(value) else "unknown"
 
     def _blended_in(self, node: ast.Assign) -> Iterator[tuple[ast.expr, str]]:
         """``average = 0.9 * average + 0.1 * x.mean()``."""
@@ -447,6 +502,9 @@ class Kinds:
         kept, place = target.value, target.slice
         if isinstance(place, ast.Constant) and self._is_mean_read(value):
             yield value, "mean"
+        elif isinstance(place, ast.Constant) and not self._holds_inside(kept) and _reads_rows(value):
+            if self.kind(value) in {"samples", "unknown"}:
+                yield value, "unknown"
         if self._bound_inside(kept) or isinstance(place, ast.Constant):
             return
         kind = self.kind(value)
@@ -521,6 +579,7 @@ class Kinds:
         elif kind in {"samples", "unknown"} and self._is_cut(value) and not is_text(value):
             unclear = _is_no_mean(value) or self._is_crossed(value) or self._is_dict(value)
             unclear = unclear or self._gives_places(value) or self._is_bent(value)
+            unclear = unclear or self._is_of_no_rows(value) or self._is_of_metric(value)
             yield value, "unknown" if unclear or self._is_number_of_model(value) else "samples"
         elif kind in {"samples", "unknown"} and not is_text(value):
             yield value, "unknown"
@@ -535,12 +594,56 @@ class Kinds:
                     return True
         return False
 
-    def _is_bent(self, node: ast.expr) -> bool:
-        """Whether a value is a function of a mean or a total of the batch: ``x.mean().exp()``."""
-        match _viewed(node):
-            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args) if attr in _ITEM_BY_ITEM:
-                return self.kind(args[0] if dotted(value) in _FUNCTIONS and args else value) in {"mean", "total"}
+    def _is_bent(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value is made of a function of a mean or total, and no multiple: ``10 * x.mean().log10()``."""
+        for item in walk(node):
+            if isinstance(item, ast.expr) and self._is_curve(item, 0):
+                return True
+            made = self.made.get(item.id, ()) if isinstance(item, ast.Name) and deep < 3 else ()
+            if any(self._is_bent(value, deep + 1) for value, part in made if part is None):
+                return True
         return False
+
+    def _is_curve(self, node: ast.expr, deep: int) -> bool:
+        """Whether a value is such a function itself, and not made of one: ``x.mean().log10()``, ``1 / x.mean()``."""
+        inner = _curved(node)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            return self.kind(node.right, deep + 1) == "mean"
+        return inner is not None and self.kind(inner, deep + 1) in {"mean", "total"}
+
+    def _is_of_no_rows(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a list has no row for each item: ``x.mean(0).tolist()``, ``[(y == c).sum() for c in classes]``."""
+        made = self.made.get(node.id, ()) if isinstance(node, ast.Name) and deep < 3 else ()
+        if any(part is None and self._is_of_no_rows(value, deep + 1) for value, part in made):
+            return True
+        match node:
+            case ast.ListComp(generators=[one, *_]) | ast.Dict(values=[ast.ListComp(generators=[one, *_])]):
+                return not self.of_batch(one.iter)
+            case ast.Call(func=ast.Attribute(value=inner, attr="tolist")):
+                return self.kind(inner) in {"mean", "total"}
+        return False
+
+    def _is_of_metric(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value is made of all items together: ``roc_auc_score(y, p)``, ``np.percentile(x, 90)``."""
+        for item in walk(node):
+            made = self.made.get(item.id, ()) if isinstance(item, ast.Name) and deep < 3 else ()
+            if any(part is None and self._is_of_metric(value, deep + 1) for value, part in made):
+                return True
+            name = self.roles.project.external(self.file, item.func) if isinstance(item, ast.Call) else ""
+            if name.startswith(_METRICS) and not _AVERAGED.search(name):
+                return True
+            if isinstance(item, ast.Call) and getattr(item.func, "attr", "") in _OF_ALL_ITEMS:
+                return True
+        return False
+
+    def _put_in_file(self, given: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
+        """``np.save(path, out.numpy())``, ``json.dump({"labels": y.tolist()}, file)`` of each batch, or of the last."""
+        for value in _parts([item for part in given for item in (_entries(part) or [part])]):
+            kind = self.kind(value)
+            if kind in {"total", "mean"} and (_reads_number(value) or self.is_size(value)):
+                yield value, kind
+            elif kind in {"samples", "unknown"} and not is_text(value):
+                yield value, "unknown"
 
     def _is_number_of_model(self, value: ast.expr) -> bool:
         """Whether a value is the number that a model gives beside others, ``out, used = model(x)``: ``used.item()``."""
@@ -635,7 +738,9 @@ class Kinds:
                 yield from self._split(value)
             elif kind == "unknown" and (self._is_entry(value) or self._is_written_out(value)):
                 yield value, kind
-            elif kind in {"samples", "unknown"} and any(f(value) for f in (self._is_cut, self.is_size, _is_one_number)):
+            elif kind in {"samples", "unknown"} and any(
+                f(value) for f in (self._is_cut, self.is_size, _is_one_number, self._is_bent)
+            ):
                 if _counts_distinct(value) or self.is_size(value) or not (_tells_shape(value) or is_text(value)):
                     yield value, "unknown"
 
@@ -950,6 +1055,11 @@ class Kinds:
             return "total" if self.reduced(node) == "sum" else "loss"
         if self.picked.items(node) == {FIRST}:
             return "item"
+        if self._is_curve(node, deep) or (isinstance(node, ast.Call) and self._is_of_metric(node, 3)):
+            return "unknown"
+        if (bends := _curved(node)) is not None and self.kind(bends, deep + 1) == "loss":
+            if self._is_read_loss(bends, deep):
+                return ""  # whose number is that of all ranks
         match node:
             case ast.Call() | ast.JoinedStr() | ast.BinOp() if (held := self._put_into_text(node)) is not None:
                 return "" if all(self._is_whole_in_text(value, deep) for value in held) else "unknown"
@@ -1024,11 +1134,11 @@ class Kinds:
                     return "unknown" if self._gives_places(value) else "samples"
                 if attr in _ITEM_BY_ITEM and not _asks_where(node):
                     return "samples" if self.kind(value, deep + 1) == "samples" else "unknown"
-                return self._named(attr, node)
+                return self._of_criterion(node) or self._named(attr, node)
             case ast.Call(func=ast.Name(id=name), args=[value, *_]) if name in _NUMBERS:
                 return self.kind(value, deep + 1)
             case ast.Call(func=func):
-                return self._named((dotted(func) or "").split(".")[-1], node)
+                return self._of_criterion(node) or self._named((dotted(func) or "").split(".")[-1], node)
             case ast.Attribute(value=value, attr="data"):
                 return self.kind(value, deep + 1)
             case ast.BinOp(left=left, op=op, right=right):
@@ -1194,7 +1304,14 @@ class Kinds:
                 given = _REDUCED.get(self.in_parts(value, None if part == _EACH else part), "")
             return given or ("mean" if _NAMED_MEANS.match(name) else "unknown")
         kind = self.kind(value, deep + 1)
-        return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) and not self._is_skewed(value, deep) else kind
+        unclear = self._is_skewed(value, deep) or self._is_bent(value)
+        return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) and not unclear else kind
+
+    def _of_criterion(self, call: ast.Call) -> str:
+        """``mean`` or ``total`` for what a loss of torch makes: ``F.l1_loss(x, y)``, ``nn.L1Loss()(x, y)``."""
+        made = call.func.func if isinstance(call.func, ast.Call) else call.func
+        known = _CRITERION.match(self.roles.project.external(self.file, made))
+        return _REDUCED.get(self.reduced(call), "") if known else ""
 
     def _named(self, name: str, call: ast.Call) -> str:
         if self.roles.is_model(call.func):
@@ -1294,6 +1411,26 @@ def _added(target: ast.expr, value: ast.expr) -> tuple[bool, ast.expr] | None:
     if len(parts) != 2 or paths.count(dotted(target)) != 1:
         return None
     return listed, parts[1 - paths.index(dotted(target))]
+
+
+def _added_to_entry(target: ast.Subscript, value: ast.expr) -> ast.expr | None:
+    """``x`` of ``n["a"] + x`` and ``n.get("a", 0) + x`` for ``n["a"]``."""
+    if not isinstance(value, ast.BinOp) or not isinstance(value.op, ast.Add):
+        return None
+    holder, key = ast.unparse(target.value), ast.unparse(target.slice)
+    for side, other in ((value.left, value.right), (value.right, value.left)):
+        match side:
+            case (
+                ast.Subscript(value=held, slice=place)
+                | ast.Call(func=ast.Attribute(value=held, attr="get"), args=[place, *_])
+            ) if ast.unparse(held) == holder and ast.unparse(place) == key:
+                return other
+    return None
+
+
+def _reads_rows(node: ast.expr) -> bool:
+    """``pred.tolist()``, ``out.detach()``."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ROWS
 
 
 def _without(node: ast.expr, name: str) -> Iterator[ast.expr]:

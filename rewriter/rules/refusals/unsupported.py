@@ -41,7 +41,7 @@ _ENTROPIES = {
 _WITHOUT_GRADIENTS = {"torch.no_grad", "torch.inference_mode"}
 _PADDED = (
     "each batch is padded to its longest here, a rank's share of it less, and {name} looks at the padding ({where}): "
-    "mask it, or pad to one length"
+    "mask it (pack it for a recurrent layer), or pad to one length"
 )
 _PAIRED = (
     "samples of a batch are paired with each other: a rank pairs those of its share only. To pair as one process does, "

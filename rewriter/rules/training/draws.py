@@ -2,11 +2,12 @@
 
 What: ``noise = torch.randn_like(x)`` in a loop that trains goes under ``with bmt.own_random():``, and so does
 everything else that draws as many numbers as the batch has: ``torch.rand(len(x))``, ``torch.randperm(x.size(0))``,
-``np.random.normal(0, 1, (x.shape[0], 8))``.
+``np.random.normal(0, 1, (x.shape[0], 8))``; and what is drawn for each item, ``[random.choice(words) for _ in users]``.
 Why: outside of models all ranks draw the same numbers, so that they agree on data and weights. N ranks that draw alike
 for their shares have 1/N as many different numbers for the batch of the unconverted script.
 Refuses when: the statement does more than compute with tensors (reported); the size is not taken from a batch; it is
-drawn without gradients, or by a generator of its own; nothing shares out the batches, so that all ranks do the same
+drawn without gradients, or by a generator of its own (reported where it draws item by item: ranks' generators would go
+apart); nothing shares out the batches, so that all ranks do the same
 work (BMT023 says so). Layers of models in training draw apart without this.
 """
 
@@ -18,25 +19,37 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.training.draws import drawn_for_a_batch, is_plain
+from rewriter.analyze.training.draws import drawn_for_a_batch, drawn_for_items, is_plain
 from rewriter.changes import Under, template
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
-_WORDS = re.compile(rb"rand|sample|normal|uniform|bernoulli|exponential|poisson|dropout")
+_WORDS = re.compile(rb"rand|rng|sample|normal|uniform|bernoulli|exponential|poisson|dropout")
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or not _WORDS.search(file.source.data) or _all_have_the_same(file, facts):
         return
     runs: list[list[ast.stmt]] = []
-    for call in sorted(drawn_for_a_batch(file, facts.scripts), key=lambda node: (node.lineno, node.col_offset)):
-        if facts.scripts.in_kept_guard(file, call):
+    drawn = {call: file.names.statement_of(call) for call in drawn_for_a_batch(file, facts.scripts)}
+    told = set[ast.stmt]()
+    for call, statement, by_generator in drawn_for_items(file, facts.scripts):
+        if not by_generator:
+            drawn[call] = statement
+        elif statement not in told and not facts.scripts.in_kept_guard(file, call):
+            told.add(statement)
+            message = (
+                "each rank draws for its own items here, and the ranks' generators stand at different places then: "
+                "draw from one that is for this alone, with bmt.rank() in its seed"
+            )
+            yield Remark(RULE.code, call.lineno, message, differs=True)
+    for call, statement in sorted(drawn.items(), key=lambda pair: (pair[0].lineno, pair[0].col_offset)):
+        if facts.scripts.in_kept_guard(file, call) or (statement in told):
             continue
-        statement = file.names.statement_of(call)
         plain = is_plain(file, facts.scripts, statement) or _is_drawn_beside(file, facts, statement, call)
         if not plain or not file.source.owns_lines(statement):
             message = "all ranks draw the same numbers here, for other shares of the batch: bmt.own_random() would do"
+            told.add(statement)
             yield Remark(RULE.code, call.lineno, message, differs=True)
         elif runs and statement is runs[-1][-1]:
             continue

@@ -60,8 +60,8 @@ _SCALELESS = {"sign", "sign_", "zero_", "shape", "size", "device", "dtype"}
 _OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
 _OF_NUMBERS = {
-    "torch.tensor", "torch.as_tensor", "torch.zeros", "torch.ones", "float", "int", "min", "max", "abs", "round",
-    "torch.sigmoid", "torch.exp", "torch.cos",
+    "torch.tensor", "torch.as_tensor", "torch.zeros", "torch.ones", "torch.rand", "torch.randn", "float", "int", "min",
+    "max", "abs", "round", "sum", "torch.sigmoid", "torch.exp", "torch.cos", "torch.stack", "torch.cat", "torch.mean",
 }  # fmt: skip
 _NAMED = (ast.Name, ast.Tuple, ast.List)
 _COMPREHENSIONS = (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)
@@ -96,6 +96,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     told = _Told(file)
     yield from _divided_losses(file, facts, told)
     whole = _collected(file, facts, [value for value, share in made.items() if share.kind == "samples"])
+    whole |= _listed(file, facts, {*made, *losses}, whole)
     yield from _gradients_of_inputs(file, facts, told)
     for value, share in made.items():
         if facts.left_behind.is_whole(file, value) or value in told:
@@ -210,6 +211,28 @@ def _collected(file: File, facts: Facts, values: list[ast.expr]) -> set[Var]:
         if isinstance(node, ast.Assign) and _uses(file, facts, node.value, known):
             known |= {variable for target in node.targets if (variable := roles.var(target)) is not None}
     return known
+
+
+def _listed(file: File, facts: Facts, values: set[ast.expr], known: set[Var]) -> set[Var]:
+    """The lists that only numbers of all ranks are appended to, what is made of these, and names that go through it."""
+    roles, lists = facts.scripts.roles[file], dict[Var, list[ast.expr]]()
+    for call in file.calls:
+        match call:
+            case ast.Call(func=ast.Attribute(value=holder, attr="append"), args=[value]):
+                if (variable := roles.var(holder)) is not None:
+                    lists.setdefault(variable, []).append(value)
+    found = {
+        variable
+        for variable, given in lists.items()
+        if all(_is_of_all_ranks(file, facts, value) or not values.isdisjoint(walk(value)) for value in given)
+    }
+    for node in file.nodes if found else ():
+        match node:
+            case ast.Assign(targets=targets, value=value) if _uses(file, facts, value, found | known):
+                found |= {variable for target in targets if (variable := roles.var(target)) is not None}
+            case ast.comprehension(target=target, iter=value) if _uses(file, facts, value, found | known):
+                found |= {variable} if (variable := roles.var(target)) is not None else set()
+    return found
 
 
 def _uses(file: File, facts: Facts, node: ast.expr, known: set[Var]) -> bool:
@@ -632,7 +655,8 @@ def _shown(file: File, facts: Facts, loop: ast.For, call: ast.Call) -> bool:
             given = variable is None or variable in roles.losses or any("clip_grad" in name for name in names)
             given = given or any(_is_of_all_ranks(file, facts, m) for m in (value, *made))
             given = given or _is_of_weights(file, facts, value)
-            return not given and not any("grad" in (dotted(n) or "") for n in ast.walk(value))
+            held = [m for n in ast.walk(value) if isinstance(n, ast.Name) for m in file.names.values_of(n)]
+            return not given and not any("grad" in (dotted(n) or "") for part in (value, *held) for n in ast.walk(part))
     return False
 
 
@@ -701,6 +725,11 @@ def _is_counted(file: File, facts: Facts, loop: ast.For, node: ast.expr, known: 
             return are([left, right])
         case ast.UnaryOp(operand=inner) | ast.Call(func=ast.Attribute(value=inner, attr="item" | "clone" | "mean")):
             return are([inner])
+        case ast.ListComp(generators=[one]) | ast.GeneratorExp(generators=[one]):
+            return _goes_through_other_data(file, facts, loop, one.iter)
+        case ast.Call(func=ast.Name(id="len"), args=[held]):
+            bound = {name.id for name in walk(loop) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+            return not names_in(held) & bound  # of a loader, of data
         case ast.Call(func=func, args=args, keywords=[]):
             name = facts.project.external(file, func) or (dotted(func) or "")
             return (name.startswith("math.") or name in _OF_NUMBERS) and are(args)

@@ -74,6 +74,17 @@ SEEN = {
     ),
     "the last state": script("_, h = self.rnn(x)\n        x = h.squeeze(0)", GRU),
     "the last step": script("out, _ = self.rnn(x)\n        x = out[:, -1]", GRU),
+    "the last state on one line": script("_, h = self.rnn(x); x = h[0]", GRU),
+    "the last state by its place": script("x = self.rnn(x)[1].squeeze(0)", GRU),
+    "the states of an LSTM": script("_, (h, c) = self.rnn(x)\n        x = h[0]", GRU.replace("GRU", "LSTM")),
+    "both ways beside a mask": script(
+        "x = self.rnn(x)[0][..., :8]\n        x = (x * mask).sum(1) / mask.sum(1)",
+        GRU.replace("8, 8", "8, 8, bidirectional=True"),
+        more=", mask",
+    ),
+    "the last state beside lengths": script(
+        "_, h = self.rnn(x)\n        x = h[0] / lengths[:, None]", GRU, more=", lengths"
+    ),
     "both ways": script("x = self.rnn(x)[0][:, 0, :8]", GRU.replace("8, 8", "8, 8, bidirectional=True")),
     "padded by hand": script("x = x.mean(1)", collate=BY_HAND),
     "an object that pads": script("x = x.mean(1)", collate=CALLED, given="Collate()"),
@@ -95,6 +106,8 @@ NOT_SEEN = {
     "a mask of its own": script("keep = (x != 0)\n        x = x.mean(1)"),
     "the value that pads": script("keep = x.ne(0)\n        x = x.mean(1)"),
     "the first position": script("x = x[:, 0]"),
+    "steps where they end": script("x = self.rnn(x)[0][torch.arange(len(x)), lengths - 1]", GRU, more=", lengths"),
+    "a state that nothing reads": script("x, h = self.rnn(x)\n        x = x[:, 0]", GRU),
     "steps alone": script("x = self.rnn(x)[0][:, 0]", GRU),
     "features": script("x = x.mean(-1)"),
 }

@@ -358,3 +358,66 @@ def test_samples_of_a_model_that_trains_are_reported() -> None:
 
 def text(body: str) -> str:
     return SCRIPT.format(body=textwrap.indent(body, "    "))
+
+
+# Item by item ------------------------------------------------------------------------------------------------------
+
+ITEMS_HEAD = "import random\nimport numpy as np\nrng = np.random.RandomState(0)\ngen = random.Random(0)\n"
+ITEMS_LEFT = {
+    "one for the batch": "k = random.randrange(9)",
+    "for each parameter": "for p in model.parameters():\n    k = random.random()",
+    "a number of times": "ks = [random.random() for _ in range(8)]",
+    "for each of others": "ks = [random.random() for name in names]",
+    "no draw": "ks = [len(row) for row in x]",
+}
+ITEMS_OWN = {
+    "python's": "ks = torch.tensor([random.randrange(9) for _ in x])",
+    "by number": "ks = [random.choice(words) for _ in range(len(x))]",
+    "by size": "ks = [random.random() for i in range(x.size(0))]",
+    "numpy's": "ks = torch.tensor([np.random.randint(9) for row in y])",
+    "torch's": "ks = torch.stack([torch.randperm(9) for row in y])",
+    "a loop": "for i in range(len(x)):\n    if random.random() < 0.5:\n        x[i] = x[i].flip(0)",
+    "until it fits": (
+        "for row in x:\n    k = random.randrange(9)\n    while k in taken:\n        k = random.randrange(9)\n"
+        "    ks.append(k)"
+    ),
+}
+ITEMS_TOLD = {
+    "a generator": "ks = [rng.randint(9) for _ in x]",
+    "python's generator": "ks = [gen.random() for _ in range(len(x))]",
+    "torch's generator": "ks = [torch.rand(3, generator=g) for _ in x]",
+    "more is done": "for i in range(len(x)):\n    x[i] = augment(x[i], random.random())",
+    "a loop by a generator": "for row in x:\n    k = rng.randint(9)\n    while k in taken:\n        k = rng.randint(9)",
+}
+
+
+def items(body: str) -> tuple[str, list[int]]:
+    text = SCRIPT.format(body=textwrap.indent(body, "    ")).replace("model =", f"{ITEMS_HEAD}model =", 1)
+    result = convert_text(text)
+    told = [found.line for found in result.reported if found.code == "BMT041"]
+    return result.after.decode(), told
+
+
+@pytest.mark.parametrize("body", ITEMS_LEFT.values(), ids=ITEMS_LEFT)
+def test_draws_that_are_not_item_by_item(body: str) -> None:
+    after, told = items(body)
+    assert after.count("own_random") == body.count("own_random") and not told
+
+
+@pytest.mark.parametrize("body", ITEMS_OWN.values(), ids=ITEMS_OWN)
+def test_draws_for_each_item_are_each_ranks_own(body: str) -> None:
+    after, told = items(body)
+    indented = textwrap.indent(body, " " * 8)
+    assert f"    with bmt.own_random():\n{indented}\n" in after and not told
+
+
+@pytest.mark.parametrize("body", ITEMS_TOLD.values(), ids=ITEMS_TOLD)
+def test_draws_for_each_item_by_a_generator_are_reported(body: str) -> None:
+    after, told = items(body)
+    assert len(told) == 1 and "own_random" not in after
+
+
+def test_draws_for_each_item_in_a_helper_of_the_loop() -> None:
+    helper = "\nimport random\n\ndef negatives(users):\n    return [random.randrange(9) for _ in users]\n"
+    text = SCRIPT.format(body="    z = negatives(x)").replace("\nmodel = ", f"{helper}\n\nmodel = ", 1)
+    assert "    with bmt.own_random():\n        return [random.randrange(9) for _ in users]\n" in converted(text)

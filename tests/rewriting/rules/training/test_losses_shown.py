@@ -82,7 +82,6 @@ def test_the_mean_is_made_before_one_rank_opens_its_file() -> None:
 
 
 KEPT = [
-    "history.append(loss)",  # may still be trained on
     "total = total + loss",
     "again = loss.detach()",
     "other.detach().cpu().numpy()",
@@ -129,6 +128,88 @@ def test_rows_hold_one_value_for_all_ranks(before: str, after: str) -> None:
     assert not [
         finding for finding in result.reported if getattr(finding, "differs", False) and finding.code != "BMT023"
     ]
+
+
+LISTS = {
+    "a list": ("history.append(loss)", "history.append(bmt.sum_loss(loss))"),
+    "a table": ('history["loss"].append(loss)', 'history["loss"].append(bmt.sum_loss(loss))'),
+    "a row": ("history.append((step, loss))", "history.append((step, bmt.sum_loss(loss)))"),
+    "a multiple": ("history.append(loss * 4)", "history.append(bmt.sum_loss(loss) * 4)"),
+    "its negative": ("history.append(-loss)", "history.append(-bmt.sum_loss(loss))"),
+    "a list of one": ("history.extend([loss])", "history.extend([bmt.sum_loss(loss)])"),
+    "in front": ("history.insert(0, loss)", "history.insert(0, bmt.sum_loss(loss))"),
+    "a place": ("history[step] = loss", "history[step] = bmt.sum_loss(loss)"),
+    "an entry": ('last["loss"] = loss', 'last["loss"] = bmt.sum_loss(loss)'),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), LISTS.values(), ids=LISTS.keys())
+def test_a_loss_that_was_trained_on_is_kept_as_that_of_all_ranks(before: str, after: str) -> None:
+    assert f"    {after}\n" in converted(f"{HEAD}    {before}\n")
+
+
+@pytest.mark.parametrize("behind", ["torch.stack(history).mean().backward()", "whole = sum(history)\nwhole.backward()"])
+def test_a_list_that_is_trained_on_stays(behind: str) -> None:
+    assert "append(loss)" in converted(f"{HEAD}    history.append(loss)\n{behind}\n")
+
+
+def test_a_loss_that_another_loop_trains_on_stays() -> None:
+    text = HEAD.replace("    loss = ", "    for part in x:\n        history.append(loss)\n    loss = ")
+    assert "append(loss)" in converted(text)
+
+
+SHOWN_BEHIND = [
+    "torch.stack(history).mean().item()", "sum(history) / len(history)", "float(sum(history)) / len(history)",
+    "torch.tensor(history).mean()", "[one.item() for one in history]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", ["loss", "loss.detach()", "loss.item()"])
+@pytest.mark.parametrize("shown", SHOWN_BEHIND)
+def test_what_is_shown_of_a_list_that_holds_the_batchs_needs_no_word(shown: str, kept: str) -> None:
+    head = HEAD.replace("for x, y in loader", "history = []\nfor x, y in loader")
+    text = f"{head}    history.append({kept})\n    if step % 9 == 0:\n        print({shown})\n"
+    result = convert_text(text)
+    assert "append(bmt.sum_loss(loss)" in result.after.decode() and "sum_loss(sum" not in result.after.decode()
+    assert not [found.message for found in result.reported if "share of the data" in found.message]
+
+
+ALIASES = {
+    "itself": ("last = loss", "print(last.item())", "bmt.sum_loss(last).item()"),
+    "cut off": ("last = loss.detach()", "print(float(last))", "bmt.sum_loss(last)"),
+    "in a text": ("last = loss", 'print("%.3f" % last)', '"%.3f" % bmt.sum_loss(last)'),
+}
+
+
+@pytest.mark.parametrize(("named", "shown", "after"), ALIASES.values(), ids=ALIASES.keys())
+def test_a_loss_by_another_name(named: str, shown: str, after: str) -> None:
+    assert after in converted(f"{HEAD}    {named}\n{shown}\n")
+
+
+BESIDE = {
+    "collected": ("rows.append({loss}.item())", "rows.append(bmt.sum_loss({loss}.item()))"),
+    "shown": ("print({loss}.item())", "bmt.print_rank(bmt.sum_loss({loss}.item()))"),
+    "parts as an array": (
+        "rows.append(torch.stack([{loss}, {loss}]).detach().numpy())",
+        "rows.append(bmt.sum_loss(torch.stack([{loss}, {loss}]).detach().numpy()))",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", ["torch.nn.functional.l1_loss(net(x), y)", "torch.nn.HuberLoss()(net(x), y)"])
+@pytest.mark.parametrize(("before", "after"), BESIDE.values(), ids=BESIDE.keys())
+def test_a_loss_beside_that_which_is_trained_on(function: str, before: str, after: str) -> None:
+    head = HEAD.replace("in loader", "in torch.utils.data.DataLoader(data, batch_size=8)")
+    assert f"    {after.format(loss=function)}\n" in converted(f"{head}    {before.format(loss=function)}\n")
+
+
+@pytest.mark.parametrize(
+    "function", ["pairwise_distance(net(x), y)", "normalize(net(x))", "l1_loss(net(x), y, reduction='none')"]
+)
+def test_rows_of_functions_beside_losses_are_no_means(function: str) -> None:
+    head = HEAD.replace("in loader", "in torch.utils.data.DataLoader(data, batch_size=8)")
+    after = converted(f"{head}    rows.append(torch.nn.functional.{function}.detach())\n")
+    assert "sum_loss" not in after
 
 
 OF_OTHER_NAMES = ["(loss / 2).backward()", "(0.5 * loss).backward()", "scaler.scale(loss / 2).backward()"]

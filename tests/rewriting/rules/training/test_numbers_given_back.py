@@ -90,6 +90,15 @@ SHOWN = {
     ),
     "a temperature": 'temp = temp * 0.9\n    print(f"{temp.item():.4f}")',
     "a rate": 'rate = torch.sigmoid(torch.tensor(step / 10.0))\n    print(f"{rate.item():.4f}")',
+    "a rate of lengths": (
+        "part = step / min(len(loader), 9)\n    rate = 2 / (1 + torch.exp(torch.tensor(-part)).item())\n"
+        '    print(f"{rate:.4f}")'
+    ),
+    "another loader's losses in a list": (
+        "with torch.no_grad():\n"
+        "        value = torch.stack([nn.functional.cross_entropy(net(a), b) for a, b in val_loader]).mean()\n"
+        '    print(f"{value.item():.4f}")'
+    ),
     "another loader's losses": (
         "values = torch.zeros(3)\n    for k, (a, b) in enumerate(val_loader):\n        with torch.no_grad():\n"
         '            values[k] = nn.functional.cross_entropy(net(a), b).item()\n'

@@ -12,14 +12,23 @@ from torch import nn
 import bmtrain as bmt
 
 
+class Timed(nn.Sequential):
+    """Gets a time, the same on all ranks, in front of its batch, as what an ODE is solved with."""
+
+    def forward(self, time: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return time * super().forward(x)
+
+
 def said(kind: str) -> list[str]:
-    model = bmt.BMTrainModelWrapper(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    timed = kind == "timed"
+    layers = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = bmt.BMTrainModelWrapper(Timed(*layers) if timed else nn.Sequential(*layers))
     manager = bmt.optim.OptimManager()
     manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(6):
-            seed = step if kind != "parted" else 10 * step + bmt.rank()
+            seed = 10 * step + bmt.rank() if kind in {"parted", "timed"} else step
             x = torch.randn(
                 3 + (kind == "lengths") * bmt.rank(),
                 4,
@@ -34,12 +43,12 @@ def said(kind: str) -> list[str]:
                 model.train()
                 x = x + bmt.rank()
             manager.zero_grad()
-            manager.backward(model(x).square().mean())
+            manager.backward((model(torch.tensor(0.5), x) if timed else model(x)).square().mean())
             manager.step()
     return [str(w.message) for w in caught if "same batches" in str(w.message)]
 
 
-@pytest.mark.parametrize("kind", ["parted", "lengths", "once", "evaluated"])
+@pytest.mark.parametrize("kind", ["parted", "lengths", "once", "evaluated", "timed"])
 def test_nothing_is_said_of_ranks_with_batches_of_their_own(kind: str) -> None:
     assert run_ranks(2, said, kind, fresh=True) == [[], []]
 

@@ -267,6 +267,29 @@ def test_what_is_no_mean_over_samples_is_said_once(where: str) -> None:
         assert ("bmt.mean(losses)" in words) != is_sum
 
 
+def said_of_batches(kind: str) -> list[str]:
+    """What is said of losses of whole batches, which all ranks have, or of parts of them."""
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            x = torch.randn(12, 4, generator=torch.Generator("cpu").manual_seed(step))
+            z = model(bmt.shard_batch(x) if kind.startswith("parts") else x)
+            manager.zero_grad()
+            manager.backward(z.square().sum() if kind.endswith("summed") else (z @ z.t()).logsumexp(1).mean())
+            manager.step()
+    return [str(w.message) for w in caught if "same batches" not in str(w.message)]
+
+
+@pytest.mark.parametrize("loss", ["summed", "compared"])
+def test_nothing_is_said_of_losses_where_all_ranks_have_the_same_batches(loss: str) -> None:
+    assert run_ranks(2, said_of_batches, f"whole, {loss}", fresh=True) == [[], []]
+    first, second = run_ranks(2, said_of_batches, f"parts, {loss}", fresh=True)
+    assert len(first) == 1 and not second
+
+
 @pytest.mark.parametrize("where", ["outside", "inside", "recomputed"])
 def test_nothing_is_said_of_means_over_samples(where: str) -> None:
     names = list(A_MEAN)
