@@ -387,12 +387,12 @@ def test_what_keeps_a_script_for_accelerate_stands_at_its_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "train.py"
-    more = "accelerator.set_trigger()\naccelerator.print(library.f(accelerator))\n"
+    more = "accelerator.join_uneven_inputs(model)\naccelerator.print(library.f(accelerator))\n"
     script.write_text("from accelerate import Accelerator\naccelerator = Accelerator()\n" + TRAIN + more)
     main([str(script), "--write"])
     shown, line = capsys.readouterr().out, TRAIN.count("\n") + 3
     assert (
-        f"{script}:{line}: BMT090 left: the script is written for accelerate and stays: accelerator.set_trig" in shown
+        f"{script}:{line}: BMT090 left: the script is written for accelerate and stays: accelerator.join_une" in shown
     )
     assert (
         f"{script}:{line + 1}: BMT090 left: the script is written for accelerate and stays: accelerator is h" in shown
