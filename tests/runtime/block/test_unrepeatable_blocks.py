@@ -40,13 +40,31 @@ class _Cache(dict[str, Tensor]):
 
 @on_ranks(2)
 def test_a_block_that_fills_a_cache_is_not_recomputed() -> None:
-    x = torch.randn(2, 8)
-    loss = Model(use_checkpoint=True)(x)
+    x, gradients = torch.randn(2, 8), []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        model = Model(use_checkpoint=recompute)
+        model(x).backward()
+        gradients.append(bmt.gather_grad(model.block.key.weight))
+    assert gradients[0].abs().sum() > 0 and torch.equal(*gradients)
+
+
+_KEPT: dict[str, Tensor] = {}
+
+
+class Hiding(Remembering):
+    """Keeps its keys where nobody looks."""
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        return super().forward(x, _KEPT)
+
+
+@on_ranks(2)
+def test_a_block_that_fills_what_is_not_its_own_is_an_error() -> None:
+    _KEPT.clear()
+    loss = bmt.Block(Hiding(), use_checkpoint=True)(torch.randn(2, 8, requires_grad=True), {}).sum()
     with pytest.raises(ConfigurationError, match="use_cache=False"):
         loss.backward()
-    model = Model(use_checkpoint=False)
-    model(x).backward()
-    assert bmt.gather_grad(model.block.key.weight).abs().sum() > 0
 
 
 @on_ranks(2)
@@ -63,22 +81,23 @@ def test_lists_of_blocks_that_fill_caches() -> None:
 
 
 class Growing(nn.Module):
-    """Adds its keys to those of earlier calls, as self attention with a cache does."""
+    """Adds its keys to those of earlier calls, as self attention with a cache does, where nobody looks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.key = nn.Linear(8, 8)
 
-    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         keys = torch.tanh(self.key(x))
-        cache["key"] = torch.cat([cache["key"], keys]) if "key" in cache else keys
-        return x + (torch.softmax(x @ cache["key"].t(), dim=-1) @ cache["key"])
+        _KEPT["key"] = torch.cat([_KEPT["key"], keys]) if "key" in _KEPT else keys
+        return x + (torch.softmax(x @ _KEPT["key"].t(), dim=-1) @ _KEPT["key"])
 
 
 @on_ranks(2)
 def test_a_second_run_that_saves_as_many_tensors_of_other_shapes() -> None:
+    _KEPT.clear()
     block = bmt.Block(Growing(), use_checkpoint=True)
-    loss = block(torch.randn(2, 8, requires_grad=True), _Cache()).sum()
+    loss = block(torch.randn(2, 8, requires_grad=True)).sum()
     with pytest.raises(ConfigurationError, match="other shapes"):
         loss.backward()
 
