@@ -166,12 +166,15 @@ class Backward:
         """If another node of this backward is running, let go of what the last one has computed with."""
         present = backward_id()
         if present in self._given and self._given[present][0] is not running_node():
-            release_pins(self._given.pop(present)[1])
+            self._let_go_of(present)
 
     def let_go(self) -> None:
         """No backward is running, whether the last one has ended or raised."""
-        while self._given:
-            release_pins(self._given.popitem()[1][1])
+        for backward in list(self._given):
+            self._let_go_of(backward)
+
+    def _let_go_of(self, backward: int) -> None:
+        release_pins(self._given.pop(backward)[1])
 
     @contextmanager
     def recomputing(self, frame: Frame, note: Callable[[torch.Tensor], object]) -> Iterator[None]:
@@ -200,7 +203,7 @@ class Backward:
     @runs_as_written
     def _ends(self, ended: int | None) -> None:
         if ended in self._given:
-            release_pins(self._given.pop(ended)[1])
+            self._let_go_of(ended)
         self.finish()
         self._of_no_module.backward_ends()
         if self.watch is not None:

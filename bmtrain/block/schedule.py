@@ -96,7 +96,7 @@ class Schedule:
             unit.trains_in = compute
         self.ctx.diary.phase = phase
         self.whole.gather(unit, compute)
-        following = None if predicted is None else _find(unit.next_units.get(phase, ()), predicted)
+        following = next((other for other in unit.next_units.get(phase, ()) if other.index == predicted), None)
         if following is not None and not self.whole.is_in_place_of(following, around):
             self.whole.prefetch(following, following.compute_dtype(autocast))
 
@@ -187,13 +187,6 @@ class Schedule:
             else:
                 unit.release_prefetched()
         self.whole.gather_anew(wanted)
-
-
-def _find(units: Sequence[ShardUnit], index: int) -> ShardUnit | None:
-    for unit in units:
-        if unit.index == index:
-            return unit
-    return None
 
 
 def _require_in_stage(unit: ShardUnit) -> None:

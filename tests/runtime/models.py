@@ -214,3 +214,9 @@ def batch(model: str, step: int, size: int = 12, length: int = 8) -> tuple[torch
 def share(tensor: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """This rank's equal part of a global batch."""
     return tensor.chunk(bmt.world_size())[bmt.rank()].to(device or torch.get_default_device())
+
+
+def tied(module: Any) -> Any:
+    """A cycle, so that reference counts do not tell when it is gone."""
+    module.__dict__["itself"] = [module]
+    return module

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fresh import PLENTY, fresh_graphs, memory_of
+from models import tied
 from ranks import run_ranks
 from replayed import replays
 from torch import nn
@@ -72,12 +73,6 @@ class Taught(nn.Module):
         with torch.no_grad():
             aim = self.teacher(x)
         return self.net(x) - 0.1 * aim  # type: ignore[no-any-return]
-
-
-def tied(module: Any) -> Any:
-    """A cycle, so that reference counts do not tell when it is gone."""
-    module.__dict__["itself"] = [module]
-    return module
 
 
 def managed(model: nn.Module, kind: type[torch.optim.Optimizer] = torch.optim.SGD) -> bmt.optim.OptimManager:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from between_steps import units_of
 from fresh import PLENTY, fresh_plan, memory_of
+from models import tied
 from ranks import on_ranks
 from torch import nn
 
@@ -47,12 +48,6 @@ class Net(nn.Module):
 
 def wrapped(depth: int = 2) -> Any:
     return tied(bmt.BMTrainModelWrapper(Net(depth)))
-
-
-def tied(module: Any) -> Any:
-    """A cycle, so that reference counts do not tell when it is gone."""
-    module.__dict__["itself"] = [module]
-    return module
 
 
 def managed(model: Any, kind: str = "ours", **options: Any) -> bmt.optim.OptimManager:
