@@ -176,9 +176,14 @@ class Engine:
             raise
         finally:
             self.whole.forward_ends()
+        if self.schedule.pools.moves and not transformed:
+            out = self.outside.given(out, () if unit is None else (unit, *unit.borrows))
         if starts_run:
             self._run_ends(out, framed)
             self._refuse_rounded()
+        elif unit is not None and not transformed:
+            for used in (unit, *unit.borrows):
+                self.whole.leave(used)
         return out
 
     def _run_starts(
@@ -307,8 +312,6 @@ class Engine:
             out = frame.run(call, args, kwargs)
         finally:
             self.backward.frames.pop()
-        if apart and isinstance(out, torch.Tensor):
-            return self._of_its_own(out, (), {})
         return out
 
     def _of_its_own(self, value: V, units: Collection[ShardUnit], copies: dict[int, torch.Tensor]) -> V:

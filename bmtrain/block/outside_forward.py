@@ -5,9 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..autograd import in_function_transform, outside_function_transforms
 from ..shard.flat import place_of
@@ -19,6 +21,8 @@ from .frame import Frame
 from .memory import MemoryPlan
 from .schedule import Schedule
 from .whole_units import LoopPin, release_pins
+
+T = TypeVar("T")
 
 
 class OutsideForward:
@@ -106,6 +110,24 @@ class OutsideForward:
     def _all_near(self, units: Iterable[ShardUnit]) -> bool:
         return all(unit in self._near and unit.state is not State.SHARDED for unit in units)
 
+    def given(self, out: T, units: Sequence[ShardUnit]) -> T:
+        """What a forward that used ``units`` gives, with copies in the place of views of their parameters.
+
+        And in the place of contiguous views of others: whether a view or a copy is made of a parameter is up to the
+        sizes that a rank sees: ``p.repeat(b, 1, 1)`` of a batch of one is often a view.
+        """
+
+        def is_left(value: object) -> bool:
+            if not isinstance(value, torch.Tensor):
+                return False
+            flat = self._whole.flat_at(value)
+            return flat is not None and (unit_of_flat(flat) in units or value.is_contiguous())
+
+        leaves = [out] if isinstance(out, torch.Tensor) else tree_leaves(out)
+        if any(map(is_left, leaves)):
+            out = cast(T, tree_map(lambda value: self.apart(value) if is_left(value) else value, out))
+        return out
+
     def apart(self, value: object) -> object:
         """What an operation outside of any forward gives: a copy, if it is a view of whole values."""
         if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter) or in_function_transform():
@@ -173,7 +195,7 @@ class OutsideForward:
         finally:
             release_pins(units)
             for unit in units:
-                self._whole.set_back(unit)
+                self._whole.set_back(unit, looks=False)  # what comes out is copied
             self._near.update(units)
 
     def _gather(self, units: Sequence[ShardUnit], autocast: torch.dtype | None, what: str) -> None:
@@ -193,7 +215,7 @@ class OutsideForward:
         if self._whole.idle or not unit.moves:
             return None
         self._use_in_forward(unit)
-        return self._whole.loop_pin(unit, unit.uses() if self._device.counts_views else None)
+        return self._whole.loop_pin(unit)
 
     def pin_until_next(self, holder: nn.Module, unit: ShardUnit) -> None:
         """Make ``unit`` whole until ``holder`` asks so for another, or the running forward ends."""

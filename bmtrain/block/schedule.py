@@ -125,7 +125,7 @@ class Schedule:
 
         A decoder that makes a sequence token by token runs as often as the longest sequence of a rank's batch asks for.
         """
-        if unit.state is not State.WHOLE or unit.is_whole_apart or not self.trace.has(unit.index, phase):
+        if not (unit.is_whole or unit.is_set_back) or unit.is_whole_apart or not self.trace.has(unit.index, phase):
             return False
         return unit.fits(unit.compute_dtype(autocast))
 

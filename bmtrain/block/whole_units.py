@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
@@ -18,7 +19,8 @@ class Reason(enum.Enum):
     """Why a unit is whole or on its way.
 
     STAYING: the plan for memory lets it stay from one step to the next.
-    KEPT: it stays from its forward to the end of the backward (ZeRO-2).
+    KEPT: it stays from its forward to the end of the backward: as it was asked for (ZeRO-2), or since somebody has
+        views of its parameters (``ctx.weight = weight`` in an ``autograd.Function``), whose memory none else may have.
     USED: it was made whole last; whoever did computes with it.
     PINNED: a running forward, or code inside ``bmt.gathered``, needs it.
     NEAR: nobody needs it now; it was used or is predicted, and may be released whenever its memory is wanted, since
@@ -30,6 +32,10 @@ class Reason(enum.Enum):
     USED = enum.auto()
     PINNED = enum.auto()
     NEAR = enum.auto()
+
+
+_PAUSES = [0.001 * 2**i for i in range(7)]
+"""Seconds, 0.13 in all; once for a unit that is viewed for longer."""
 
 
 class WholeUnits:
@@ -58,7 +64,7 @@ class WholeUnits:
             return None
         if unit.is_kept:
             return Reason.STAYING
-        if unit.keep:
+        if unit.keep or unit.is_seen:
             return Reason.KEPT
         if unit is self._used:
             return Reason.USED
@@ -68,7 +74,7 @@ class WholeUnits:
 
     def gather(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
         """Make ``unit`` whole now, gathered for ``compute`` (unless it is pinned otherwise); None: as it rests."""
-        if not unit.pins and (not unit.fits(compute) or unit.is_whole_apart):
+        if not unit.pins and not unit.is_seen and (not unit.fits(compute) or unit.is_whole_apart):
             self.release(unit)
         if not unit.is_whole:
             if unit.state is State.SHARDED and not unit.stays and unit.stage is None:
@@ -143,11 +149,20 @@ class WholeUnits:
         if self._used is unit:
             self._used = None
 
-    def set_back(self, unit: ShardUnit) -> None:
-        """Show ``unit``'s parameters sharded, unless it is pinned, but keep what is whole for a use to come."""
+    def set_back(self, unit: ShardUnit, looks: bool = True) -> None:
+        """Show ``unit``'s parameters sharded, unless it is pinned, but keep what is whole for a use to come.
+
+        And for whoever has views of it, unless nobody ``looks`` for those.
+        """
         if not unit.pins and unit.is_whole:
             self._forget(unit)
             unit.set_back()
+            unit.is_seen = unit.is_seen or (looks and _is_viewed(unit))
+
+    def leave(self, unit: ShardUnit) -> None:
+        """Whoever computed with ``unit`` is through, the forward around it goes on, and asks again for parameters."""
+        if not (unit.is_kept or unit.keep):
+            self.set_back(unit)
 
     def set_back_all(self) -> None:
         """The same for every unit: a forward is over, and its backward is to come."""
@@ -197,9 +212,25 @@ class WholeUnits:
         unit.pins += 1
         self._forwards[-1].append(unit)
 
-    def loop_pin(self, unit: ShardUnit, uses: int | None) -> LoopPin:
+    def loop_pin(self, unit: ShardUnit) -> LoopPin:
         """Let the last pin of ``unit`` end earlier."""
-        return LoopPin(unit, self._forwards[-1], uses)
+        return LoopPin(unit, self._forwards[-1], self)
+
+
+def _is_viewed(unit: ShardUnit) -> bool:
+    """Whether somebody has views of what was whole, and not for a moment only.
+
+    A thread that looks where this one is, as the watchdog does, holds its frames for that long, with all that is in
+    them: on this rank alone.
+    """
+    if not unit.is_viewed:
+        return False
+    for pause in () if unit.was_seen else _PAUSES:
+        time.sleep(pause)
+        if not unit.is_viewed:
+            return False
+    unit.was_seen = True
+    return True
 
 
 def release_pins(units: Iterable[ShardUnit]) -> None:
@@ -210,15 +241,11 @@ def release_pins(units: Iterable[ShardUnit]) -> None:
 
 @dataclass
 class LoopPin:
-    """Keeps a unit whole though nobody calls its module, for as long as it is ``among`` what a forward has pinned.
-
-    A view of a parameter may outlive the pin.  Where buffers are used again (``uses`` is how many views there were at
-    first) it keeps the unit whole until the forward ends; elsewhere it keeps the memory by itself.
-    """
+    """Keeps a unit whole though nobody calls its module, for as long as it is ``among`` what a forward has pinned."""
 
     unit: ShardUnit
     among: list[ShardUnit]
-    uses: int | None
+    whole: WholeUnits
 
     @property
     def holds(self) -> bool:
@@ -227,6 +254,7 @@ class LoopPin:
 
     def release(self) -> None:
         """Let go of the unit."""
-        if self.holds and (self.uses is None or self.unit.uses() <= self.uses):
+        if self.holds:
             self.among.remove(self.unit)
             release_pins([self.unit])
+            self.whole.leave(self.unit)

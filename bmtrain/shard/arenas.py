@@ -39,15 +39,24 @@ class Arenas:
         self._count = 0
         self._unused: dict[int, Callable[[], object]] = {}
         self._lost = False
+        self._at: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()  # by address
 
     def alloc(self, comm: Communicator, numel: int, dtype: torch.dtype) -> Arena:
         """An uninitialised flat buffer for ``comm``.  Collective."""
         if self._ordinary:
-            return Arena(torch.empty(numel, dtype=dtype, device=self._ctx.device.torch_device))
-        arena = Arena(comm.alloc(numel, dtype, self._ctx.device.torch_device))
+            arena = Arena(torch.empty(numel, dtype=dtype, device=self._ctx.device.torch_device))
+        else:
+            arena = Arena(comm.alloc(numel, dtype, self._ctx.device.torch_device))
+        self._at[arena.tensor.untyped_storage().data_ptr()] = arena
+        if self._ordinary:
+            return arena
         if self._shared:  # what is to be done holds the tensor, so that memory and window outlive the arena
             self.when_gone(arena, partial(comm.release, arena.tensor))
         return arena
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in one of them."""
+        return tensor.untyped_storage().data_ptr() in self._at
 
     def when_gone(self, user: object, action: Callable[[], object]) -> None:
         """Once no rank has its ``user`` any more, call ``action`` on all ranks at the same time."""

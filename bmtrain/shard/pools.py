@@ -13,10 +13,11 @@ from collections.abc import Hashable
 from functools import partial
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from ..comm import Communicator
 from ..context import Context
-from ..device import Device, Event
+from ..device import Device
 from .arenas import Arena, Arenas
 from .layout import Layout, make_layout
 from .whole_gradients import WholeGradients
@@ -30,11 +31,21 @@ def views_of(flat: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
 class Buffer:
     """A flat tensor and the event after which its next owner may write it."""
 
-    def __init__(self, arena: Arena, key: Hashable, free: Event) -> None:
-        self.arena, self.key, self.free = arena, key, free
-        self.tensor = arena.tensor
-        self._views: dict[int, list[torch.Tensor]] = {}
+    def __init__(self, arena: Arena, key: Hashable, device: Device) -> None:
+        self.arena, self.key, self.free = arena, key, device.event()
         self._bytes = 0  # what to allocate again, where memory was given back
+        self._lay_over(arena.tensor if device.is_cuda or not device.counts_views else from_dlpack(arena.tensor))
+
+    def _lay_over(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._views: dict[int, list[torch.Tensor]] = {}
+        self._holders = holders_of(tensor)  # beside the views
+
+    def show_anew(self) -> None:
+        """Other values come: who has views of the former ones is counted no more."""
+        if self.is_viewed:
+            with torch.inference_mode(False):
+                self._lay_over(from_dlpack(self.arena.tensor))
 
     def spoil(self) -> None:
         """Overwrite every parameter's place, so that whoever still reads it is found out."""
@@ -42,6 +53,11 @@ class Buffer:
             for view in views:
                 if view.is_floating_point():
                     view.fill_(float("nan"))
+
+    @property
+    def is_viewed(self) -> bool:
+        """Whether others have views of what it holds, while no parameter shows it."""
+        return holders_of(self.tensor) > self._holders + sum(len(views) for views in self._views.values())
 
     def give_up_memory(self) -> bool:
         """Free the memory and keep the views, for ``allocate``; False, and nothing, if views of others need it.
@@ -51,8 +67,7 @@ class Buffer:
         if self._bytes:
             return True
         storage = self.tensor.untyped_storage()
-        own = 2 + sum(len(views) for views in self._views.values())  # the flat tensor and ``storage`` itself
-        if torch._C._storage_Use_Count(storage._cdata) > own or not storage.resizable():
+        if self.is_viewed or not storage.resizable():
             return False
         self._bytes = storage.nbytes()
         storage.resize_(0)
@@ -72,6 +87,12 @@ class Buffer:
                 views = views_of(self.tensor, layout)
             self._views[id(layout)] = views
         return views
+
+
+def holders_of(tensor: torch.Tensor) -> int:
+    """How many tensors lie in the memory of ``tensor``, and one."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
 
 
 class BufferPool:
@@ -114,7 +135,7 @@ class BufferPool:
             arena = self._arenas.alloc(self._comm, numel, dtype)
             if self._zeroed:
                 arena.tensor.zero_()
-        return Buffer(arena, key, self._device.event())
+        return Buffer(arena, key, self._device)
 
     def give_back(self, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
         """Return ``buffer``; work queued on ``stream`` so far may still use it."""
@@ -193,6 +214,10 @@ class Pools:
         """Whether this rank keeps any of what they serve."""
         return self.stage is None or self.stage == self.ctx.topology.pipe_rank
 
+    def hold(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in memory of theirs."""
+        return self.arenas.holds(tensor) or any(pools.hold(tensor) for pools in self._stages.values())
+
     def layout_of(self, shapes: tuple[tuple[int, ...], ...]) -> Layout:
         """Where parameters of these shapes lie, and which ranks of the shard group keep them."""
         ranks = self.ctx.shard_group.world_size
@@ -240,7 +265,7 @@ class Pools:
         """For all gradients on one rank, which keeps them there: of no pool, and uninitialised."""
         with torch.inference_mode(False):
             arena = self.arenas.alloc(self.collectives.reduce, layout.numel, dtype)
-        return Buffer(arena, None, self.ctx.device.event())
+        return Buffer(arena, None, self.ctx.device)
 
     def acquire_part(self, user: object, layout: Layout, dtype: torch.dtype) -> Buffer:
         """For this rank's part of one reduction, to be written on the reduce stream."""

@@ -52,6 +52,9 @@ class ShardUnit:
             memory allows.
         stays: the plan for memory lets it stay whole from one step to the next, in buffers of its own: what one rank
             has recorded reads them where they lie, and ranks that have not take and return memory in the same order.
+        is_seen: somebody has views of what was whole, and will read them: it stays to the end of the backward.
+        was_seen: that was so once, and not for a moment only.
+        is_set_back: it is GATHERING because it was whole.
         trains_in: the dtype that the last backward was to compute in.
         is_block: whether it is a Block's.
         stage: that of a pipeline whose ranks alone keep it; None: all ranks of the shard group do.
@@ -92,7 +95,8 @@ class ShardUnit:
     def _begin(self) -> None:
         self.index = -1  # its place in the engine's order, given on first use
         self.pins = self.open_uses = 0
-        self.stays = self.is_stale = self.is_written = False
+        self.stays = self.is_stale = self.is_written = self.is_set_back = False
+        self.is_seen = self.was_seen = False
         self.is_whole = not self.moves
         self.reduced: Event = self.ctx.device.event()
         self._ready: Event = self.ctx.device.event()
@@ -180,7 +184,7 @@ class ShardUnit:
             self._ready.wait(device.current_stream())
         for flat, buffer in zip(self.flats, self._prefetched, strict=True):
             flat.enter_whole(buffer)
-        self._prefetched, self.is_whole = [], True
+        self._prefetched, self.is_whole, self.is_set_back = [], True, False
 
     def release(self) -> None:
         """To SHARDED: give the whole values' memory back."""
@@ -195,7 +199,12 @@ class ShardUnit:
             if buffer is not None:
                 self._give_back(flat, buffer, stream)
         self.pools.outer.changes += 1
-        self.is_whole = False
+        self.is_whole = self.is_seen = False
+
+    @property
+    def is_viewed(self) -> bool:
+        """Whether somebody has views of what was whole, and others may get the memory."""
+        return self.ctx.device.counts_views and not self.stays and any(buffer.is_viewed for buffer in self._prefetched)
 
     def _give_back(self, flat: FlatShard, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
         if self.stays:
@@ -223,7 +232,7 @@ class ShardUnit:
 
     def _receive(self, compute: torch.dtype | None) -> list[_Gather]:
         """Take buffers for a gather; those of the last one, if it is GATHERING and they fit."""
-        self.compute, self.is_stale = compute, False
+        self.compute, self.is_stale, self.is_set_back = compute, False, False
         # A stage of a pipeline gathers by itself while it runs.  Everywhere else all ranks take part.
         lender = self.pools if self.ctx.diary.is_apart else self.pools.outer
         wires = [flat.wire_for(compute) for flat in self.flats]
@@ -236,6 +245,8 @@ class ShardUnit:
             shard, cast = flat.to_gather(compute) if self.pools is lender else (None, None)
             flat.wire = wires[index]
             buffer = known[index] if known else self._acquire(lender, flat, flat.wire)
+            if self.ctx.device.counts_views:
+                buffer.show_anew()
             if shard is None:
                 buffer.tensor.copy_(flat.whole_of(flat.shard.to(flat.wire)))
             gathers.append(_Gather(shard, cast, buffer))
@@ -253,6 +264,7 @@ class ShardUnit:
     def release_prefetched(self) -> None:
         """GATHERING to SHARDED: these values are out of date, or nobody needs them."""
         buffers, self._prefetched = self._prefetched, []
+        self.is_seen = self.is_set_back = False
         if buffers:
             self.pools.outer.changes += 1
             self._ready.wait(self.ctx.device.current_stream())
@@ -271,7 +283,7 @@ class ShardUnit:
                         "Step after the forward has returned."
                     )
                 self._prefetched.append(buffer)
-            self.is_whole = False
+            self.is_whole, self.is_set_back = False, True
 
     @property
     def kept_flats(self) -> dict[int, FlatShard] | None:
@@ -283,11 +295,6 @@ class ShardUnit:
             return None
         addresses = [buffer.tensor.untyped_storage().data_ptr() for buffer in buffers]
         return dict(zip(addresses, self.flats, strict=True))
-
-    def uses(self) -> int:
-        """How many tensors are views of what is whole."""
-        storages = [flat.buffer.tensor.untyped_storage() for flat in self.flats if flat.buffer is not None]
-        return sum(torch._C._storage_Use_Count(storage._cdata) for storage in storages)
 
     # -- gradients ------------------------------------------------------------------------------------------------
 
@@ -370,7 +377,7 @@ def prefetch_all(wanted: Sequence[tuple[ShardUnit, torch.dtype | None]]) -> None
                 diary.unit = unit.name or "the root"
                 for gather in of_unit:
                     if gather.shard is not None:
-                        comm.all_gather(gather.shard, gather.buffer.tensor)
+                        comm.all_gather(gather.shard, gather.buffer.arena.tensor)
     diary.unit = ""
     for (unit, _), of_unit in zip(wanted, gathers, strict=True):
         unit._queued(of_unit)

@@ -262,7 +262,7 @@ class _Block:
         assert isinstance(module, nn.Module)
         state, facts, doings = State(), Facts(module, self._executed), Doings()
         given = _Given(args, kwargs)
-        before, numbers = state.before_run(module), device.rng_state()
+        before, numbers = state.before_run(module, lambda _: False), device.rng_state()
         try:
             with device.host_waits() as waits, doings:
                 out = call(*args, **kwargs)

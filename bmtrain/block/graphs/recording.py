@@ -18,6 +18,7 @@ from ...context import Context
 from ...device import AutocastRegions, autocast_regions, in_autocast_regions
 from ...errors import ConfigurationError
 from ...shard.parameter import DistributedParameter, like, raw_data
+from ...shard.pools import holders_of
 from ...shard.unit import ShardUnit
 from ..frame import Frame
 from ..surroundings import Surroundings
@@ -190,7 +191,7 @@ class Recording:
         self._needed = [place.untyped_storage().data_ptr() in self._kept for place in self._inputs]
         self._outputs = [output.detach() for output in self._outputs]
         self._wanted, self._places, self._stand_ins, self._modules = [], [], {}, []
-        self._users = list(map(_users_of, self._shown()))
+        self._users = list(map(holders_of, self._shown()))
         for output, copied in zip(self._outputs, self._copied, strict=True):
             if not copied:
                 self._others[output.data_ptr()] = self
@@ -270,7 +271,7 @@ class Recording:
         for source, place, tensor in zip(self._sources, self._inputs, tensors, strict=True):
             if source is not None and place.data_ptr() != tensor.data_ptr():
                 return False  # what lies there may be needed
-        users, readers = map(_users_of, self._shown()), self._readers
+        users, readers = map(holders_of, self._shown()), self._readers
         return all(now <= before + readers for now, before in zip(users, self._users, strict=True))
 
     def has_output_like(self, tensor: torch.Tensor) -> bool:
@@ -423,10 +424,6 @@ def _settings() -> tuple[Any, ...]:
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
     )
-
-
-def _users_of(tensor: torch.Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def trained_by(results: Sequence[Any], before: set[Any]) -> list[torch.Tensor]:

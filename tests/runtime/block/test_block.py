@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import models
 import oracle
@@ -19,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import bmtrain as bmt
 from bmtrain.errors import ConfigurationError
-from bmtrain.shard.unit import ShardUnit
 
 WORLDS = [1, 2]
 
@@ -511,36 +509,3 @@ def test_training_goes_on_after_an_exception() -> None:
             oracle.assert_same_grads(model, reference)
             manager.zero_grad()
             reference.zero_grad()
-
-
-def late_transport() -> list[int]:
-    """How often the blocks of a loop are kept whole after their turn, where a transport's thread holds buffers."""
-    counts, calls = ShardUnit.uses, 0
-
-    def uses(unit: ShardUnit) -> int:
-        nonlocal calls
-        calls += 1
-        return counts(unit) + calls * bmt.rank()
-
-    class Model(bmt.DistributedModule):
-        def __init__(self) -> None:
-            super().__init__()
-            pairs = [nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(3)]
-            self.pairs = bmt.TransformerBlockList([bmt.CheckpointBlock(pair) for pair in pairs])
-            self.kept: list[int] = []
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for first, second in self.pairs:
-                x = second(torch.tanh(first(x)))
-            self.kept += [pair.__dict__["_bmt"].unit.pins for pair in self.pairs.children()]
-            return x
-
-    model = Model()
-    with mock.patch.object(ShardUnit, "uses", uses):
-        model(torch.ones(2, 4)).sum().backward()
-    return model.kept
-
-
-def test_what_a_transport_still_holds_does_not_part_the_ranks() -> None:
-    first, second = run_ranks(2, late_transport, init={"device": "cpu"})  # a GPU's buffers are held by nobody else
-    assert first == second == [0, 0, 0]
