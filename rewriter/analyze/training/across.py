@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TypeGuard
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, dotted, names_in, reduction_of, walk, walk_own
+from rewriter.analyze.read.nodes import Function, assigned_by, dotted, names_in, reduction_of, walk, walk_own
 
 LOSSES = re.compile(
     r"cross_entropy|nll_loss|log_softmax|logsumexp|kl_div|mse_loss|smooth_l1|binary_cross|hinge|margin|"
@@ -34,7 +34,8 @@ _BENDS = {
 }  # fmt: skip
 _SAME_SHAPE = {"contiguous", "detach", "float", "half", "to", "clone"}
 _NORMS = {"norm", "vector_norm"}
-_ALL_ITEMS = {"max", "min", "amax", "amin", "logsumexp", "softmax"}
+_OF_TWO = {"min", "max", "minimum", "maximum", "fmin", "fmax"}
+_ALL_ITEMS = {"topk", "sort", "median", "prod", "std", "var", "max", "min", "amax", "amin", "logsumexp", "softmax"}
 """Of the losses of items they make one that is no mean."""
 _BATCH = re.compile(r"^(?:b|bs|bsz|bat|batch(?:_?size)?|n_batch|batches)$", re.I)
 _OUTSIDE = {"no_grad", "inference_mode"}
@@ -73,6 +74,7 @@ class Across:
         """Functions of means over the batch that are no multiples of them (roots, powers) and reach a loss."""
         for flow in self.flows:
             yield from flow.reaching(flow.bends)
+            yield from flow.reaching(flow.is_chosen)
 
     def chosen(self) -> Iterator[ast.Call]:
         """``torch.topk(scores.mean(0), 3)`` in a model: a batch chooses together, by what it is on average."""
@@ -186,10 +188,10 @@ class Flow:
             given = function.args
             self.batch = {a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)} - {"self", "cls"}
         self.assigned = [
-            (target.id, node.value)
+            (target.id, value)
             for node in self.nodes
             if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None
-            for whole in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            for whole, value in (assigned_by(node) if isinstance(node, ast.Assign) else [(node.target, node.value)])
             for target in walk(whole)
             if isinstance(target, ast.Name)
         ]
@@ -405,6 +407,12 @@ class Flow:
                 is_norm = len(rest) < 2 and {k.arg for k in node.keywords} <= {"p", "ord"}
                 of_object = any(isinstance(one, ast.Name) and one.id in self.taken_here for one in rest)
                 return is_norm and self.is_batch(values) and not of_object  # normalizer.norm(x)
+            case ast.Call() if _name(node) in _OF_TWO | _ALL_ITEMS and (among := _chosen_of(node)):
+                return any(map(self._averages, among))
+            case ast.Call(args=[ast.Compare() as test, _, _]) | ast.IfExp(test=ast.Compare() as test) if (
+                isinstance(node, ast.IfExp) or _name(node) == "where"
+            ):
+                return self._compares_means(test)
             case ast.Call() if _name(node) in _BENDS:
                 values, *_ = _operands(node)
                 return self._averages(values)
@@ -412,6 +420,17 @@ class Flow:
                 values, *rest = _operands(node)
                 return _over_items(node, len(node.args) - len(rest)) and self._is_per_item(values)
         return False
+
+    def is_chosen(self, node: ast.expr) -> bool:
+        """``a`` in ``if a > b: loss = a``, for means over the items of a batch."""
+        statement = self.file.names.parents.get(node)
+        test = self.file.names.parents.get(statement) if isinstance(statement, ast.Assign) else None
+        if not isinstance(test, ast.If) or not isinstance(test.test, ast.Compare):
+            return False
+        return self._averages(node) and self._compares_means(test.test)
+
+    def _compares_means(self, test: ast.Compare) -> bool:
+        return any(map(self._averages, [test.left, *test.comparators]))
 
     def _averages(self, node: ast.expr, deep: int = 0) -> bool:
         """Whether a value is a mean over the items of a batch, or made of one by sums and constant factors."""
@@ -685,6 +704,17 @@ def _bends_last(function: ast.Lambda | Function) -> bool:
         and any(isinstance(item, ast.Name) and item.id == given for item in walk(_operands(node)[0]))
         for node in walk(function)
     )
+
+
+def _chosen_of(call: ast.Call) -> list[ast.expr]:
+    """``a`` and ``b`` of ``max(a, b)``, ``a.max(b)``, ``max([a, b])`` and ``torch.stack([a, b]).max()``."""
+    values = _operands(call)
+    match values[0]:
+        case ast.List(elts=held) | ast.Tuple(elts=held):
+            return held
+        case ast.Call(args=[ast.List(elts=held) | ast.Tuple(elts=held), *_]) if _name(values[0]) in {"stack", "cat"}:
+            return held
+    return values if _name(call) in _OF_TWO and len(values) > 1 and _integer(values[1]) is None else []
 
 
 def _operands(call: ast.Call) -> list[ast.expr]:

@@ -12,6 +12,7 @@ from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import all_arguments, children, dotted, held_in, loss_of, positional, walk, walk_own
 from rewriter.analyze.read.project import Project
+from rewriter.analyze.training.extremes import extremes
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
 from rewriter.analyze.training.rank_names import is_rank, may_know_ranks
@@ -74,7 +75,7 @@ class Collectives:
         self._functions: dict[ast.AST, bool] = {}
         self._values: dict[File, Values] = {}
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
-        self._curved: dict[File, dict[ast.expr, list[ast.Name]]] = {}
+        self._made_of_averaged: dict[File, dict[ast.expr, list[ast.Name]]] = {}
         self._shares: dict[File, dict[ast.expr, Share]] = {}
         self._unclear: dict[File, list[ast.expr]] = {}
         self._find_shares, self._gives_mean = shares, gives_mean
@@ -101,7 +102,7 @@ class Collectives:
                 counted,
                 lambda call: self.showing.given(file, call),
                 lambda nodes, name: self.showing.only(file, nodes, name),
-                self.curved(file),
+                self.made_of_averaged(file),
             )
             self._readings[file] = {
                 reading: loss
@@ -110,13 +111,16 @@ class Collectives:
             }
         return self._readings[file]
 
-    def curved(self, file: File) -> dict[ast.expr, list[ast.Name]]:
-        """The functions of losses that get a name and are only shown, each with the losses in it."""
-        if file not in self._curved:
-            self._curved[file] = curved(
-                file, self.roles[file], lambda nodes, name: self.showing.only(file, nodes, name)
-            )
-        return self._curved[file]
+    def made_of_averaged(self, file: File) -> dict[ast.expr, list[ast.Name]]:
+        """Functions of losses that get a name and are only shown, and the least of losses, each with the losses in it.
+
+        They are made of the losses of all ranks.
+        """
+        if file not in self._made_of_averaged:
+            roles = self.roles[file]
+            found = curved(file, roles, lambda nodes, name: self.showing.only(file, nodes, name))
+            self._made_of_averaged[file] = found | extremes(file, roles)
+        return self._made_of_averaged[file]
 
     def _left_with_objects(self, file: File, call: ast.Call) -> Iterable[ast.expr]:
         """What a call leaves with an object of a class that is seen, which adds it up."""

@@ -12,9 +12,14 @@ from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
 _READERS = {"item", "tolist", "numpy"}
-_VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to", "squeeze", "numpy"}
+_VIEWS = {
+    "detach", "cpu", "float", "double", "mean", "clone", "to", "squeeze", "numpy", "unsqueeze", "view", "reshape",
+    "flatten",
+}  # fmt: skip
 _NUMBERS = {"float", "str", "repr"}
 _LISTS = {"append", "appendleft", "extend", "insert"}
+_CUTS = {"detach", "data"}
+_IN_PLACE = {"add_", "sub_", "mul_", "copy_", "lerp_", "fill_", "index_fill_"}
 _FILLED = {"zeros", "empty", "ones", "full", "zeros_like", "empty_like"}
 _SUMS = (b'"sum"', b"'sum'", b"size_average")
 _COUNTS = re.compile(r"num|count|hits|correct|^n_|^n$|total_|tokens", re.I)
@@ -255,13 +260,26 @@ def _entered(roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name
 
 def _bent_apart(file: File, roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name]:
     """Losses of which a function is made that nothing is trained on: ``perplexity = torch.exp(total / count)``."""
-    inner = bent(node) or _bent_by_own(file, node)
+    inner = _clamped(node) or bent(node) or _bent_by_own(file, node)
     if inner is None:
         return
     names = [name for name in _whole(inner) if roles.var(name) in roles.losses]
-    assert isinstance(node, ast.Call)
-    if (dotted(node.func) or "").startswith("math.") or all(_is_apart(roles, totals, name) for name in names):
+    is_number = isinstance(node, ast.Call) and (dotted(node.func) or "").startswith("math.")
+    is_cut = any(isinstance(item, ast.Attribute) and item.attr in _CUTS for item in walk(inner))
+    if is_number or is_cut or all(_is_apart(roles, totals, name) for name in names):
         yield from (name for name in names if not _may_be_number(roles, totals, name))
+
+
+def _clamped(node: ast.AST) -> ast.expr | None:
+    """``x`` of ``x ** 2``, ``x.clamp(max=2)`` and ``torch.clamp(x, max=2)``."""
+    match node:
+        case ast.BinOp(left=left, op=ast.Pow()):
+            return left
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="clamp" | "square"), args=[value, *_]):
+            return value
+        case ast.Call(func=ast.Attribute(value=value, attr="clamp" | "square" | "pow" | "clamp_max" | "clamp_min")):
+            return value
+    return None
 
 
 def curved(
@@ -440,6 +458,13 @@ def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
             yield from _parts(right)
         case ast.Call(func=ast.Attribute(value=holder, attr=attr), args=[*_, value]) if attr in _LISTS:
             yield from (p for p in _parts(value) if p is not viewed(p) or _is_kept_apart(roles, holder, p))
+        case ast.AugAssign(target=holder, op=ast.Add(), value=ast.List(elts=values)):
+            yield from (
+                p for value in values for p in _parts(value) if p is not viewed(p) or _is_kept_apart(roles, holder, p)
+            )
+        case ast.Call(func=ast.Attribute(value=holder, attr=attr), args=[*values]) if attr in _IN_PLACE:
+            if not _is_trained(roles, _first_of(holder)):
+                yield from values
         case ast.Call(func=ast.Attribute(attr=attr)) if attr in SHOWING_METHODS:
             given = [*node.args, *(keyword.value for keyword in node.keywords)]
             yield from (part for value in given for part in _parts(value))
@@ -448,6 +473,13 @@ def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
         case ast.Call(args=[what, _, *_]) if roles.project.external(roles.file, node.func) == "torch.save":
             written = [what, *(roles.file.names.values_of(what) if isinstance(what, ast.Name) else ())]
             yield from (part for value in written if isinstance(value, ast.Dict) for part in _parts(value))
+
+
+def _first_of(node: ast.expr) -> ast.expr:
+    """``a`` of ``a.mul_(0.9).add_``."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        node = node.func.value
+    return node
 
 
 def _is_of_numbers(roles: Roles, holder: ast.expr) -> bool:

@@ -110,8 +110,8 @@ class Scripts:
         def shown_by(call: ast.Call) -> list[ast.expr]:
             return self.collectives.showing.given(file, call)
 
-        curved = self.collectives.curved(file)
-        return Kinds(file, self.roles[file], place, sums.of, sums.in_parts, held, keepers, inside, shown_by, curved)
+        averaged = self.collectives.made_of_averaged(file)
+        return Kinds(file, self.roles[file], place, sums.of, sums.in_parts, held, keepers, inside, shown_by, averaged)
 
     def _taking(self, file: File) -> dict[Place, Held]:
         """The loops of a file that take a rank's share of each batch and train on it."""

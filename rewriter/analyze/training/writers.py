@@ -69,7 +69,7 @@ _GIVE_A_COUNT = {"write_text", "write_bytes"}
 _SAVING = {"save", "dump", "save_to_file", "save_as", "export"}
 _PATH = re.compile(r"(?:^|_)(?:path|filename|file_name|dir|directory|folder|out|output|dest|destination|fname)$", re.I)
 _OPENING = {"io", "gzip", "bz2", "lzma", "codecs", "builtins"}
-SHOWING_METHODS = {"add_scalar", "add_scalars", "writerow", "info", "debug", "log_metric", "set_postfix"}
+SHOWING_METHODS = {"add_scalar", "add_scalars", "writerow", "info", "debug", "log_metric", "set_postfix", "add_row"}
 """Methods that show the values they are given."""
 
 

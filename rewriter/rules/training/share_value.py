@@ -97,6 +97,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     yield from _divided_losses(file, facts, told)
     whole = _collected(file, facts, [value for value, share in made.items() if share.kind == "samples"])
     whole |= _listed(file, facts, {*made, *losses}, whole)
+    averaged = facts.scripts.collectives.made_of_averaged(file)
+    whole |= {variable for variable, value, *_ in facts.scripts.roles[file].assignments if value in averaged}
     yield from _gradients_of_inputs(file, facts, told)
     for value, share in made.items():
         if facts.left_behind.is_whole(file, value) or value in told:
@@ -106,7 +108,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (made_whole(value, share),))
     yield from _left_behind(file, facts, told)
     counted: set[Var] = set()
-    for value in (item for item in facts.scripts.collectives.unclear(file) if item not in losses):
+    for value in facts.scripts.collectives.unclear(file):
+        parts = value.elts if isinstance(value, ast.List) else [value]
+        if parts and all(part in losses for part in parts):
+            continue
         if facts.left_behind.is_whole(file, value):
             continue
         statement = file.names.statement_of(value)
@@ -237,9 +242,12 @@ def _listed(file: File, facts: Facts, values: set[ast.expr], known: set[Var]) ->
 
 def _uses(file: File, facts: Facts, node: ast.expr, known: set[Var]) -> bool:
     """Whether a value is made of known variables, and of no others but modules and functions."""
-    names = [item for item in ast.walk(node) if isinstance(item, ast.Name)]
+    roles = facts.scripts.roles[file]
+    paths = [item for item in ast.walk(node) if isinstance(item, ast.Attribute) and roles.var(item) in known]
+    inside = {item for path in paths for item in ast.walk(path)}
+    names = [item for item in ast.walk(node) if isinstance(item, ast.Name) and item not in inside]
     own = [name for name in names if facts.project.resolve(file, name) is None]
-    return bool(own) and all(facts.scripts.roles[file].var(name) in known for name in own)
+    return bool(own or paths) and all(roles.var(name) in known for name in own)
 
 
 def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
