@@ -36,7 +36,7 @@ _DEEP = 6
 
 def _may_be_filled(value: object) -> bool:
     """Whether an input is an object that a forward may put something into, as a cache of keys and values."""
-    known = isinstance(value, torch.Tensor | nn.Module | type) or callable(value)
+    known = isinstance(value, torch.Tensor | nn.Module | type | _Borrowed) or callable(value)
     return not known and isinstance(getattr(value, "__dict__", None), dict)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+import gc
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -34,8 +36,12 @@ class Reason(enum.Enum):
     NEAR = enum.auto()
 
 
-_PAUSES = [0.001 * 2**i for i in range(7)]
-"""Seconds, 0.13 in all; once for a unit that is viewed for longer."""
+_ENDS: list[Callable[[], object]] = [
+    partial(gc.collect, 1),
+    *(partial(time.sleep, 0.001 * 2**i) for i in range(7)),
+    gc.collect,
+]
+"""What ends views that nobody will read, young garbage first; asked once of a unit that is viewed for longer."""
 
 
 class WholeUnits:
@@ -220,13 +226,13 @@ class WholeUnits:
 def _is_viewed(unit: ShardUnit) -> bool:
     """Whether somebody has views of what was whole, and not for a moment only.
 
-    A thread that looks where this one is, as the watchdog does, holds its frames for that long, with all that is in
-    them: on this rank alone.
+    Garbage does until it is collected, as a frame that an exception has led to; a thread that looks where this one is,
+    as the watchdog does, holds its frames for that long, with all that is in them: on this rank alone.
     """
     if not unit.is_viewed:
         return False
-    for pause in () if unit.was_seen else _PAUSES:
-        time.sleep(pause)
+    for end in () if unit.was_seen else _ENDS:
+        end()
         if not unit.is_viewed:
             return False
     unit.was_seen = True

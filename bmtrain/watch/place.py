@@ -37,6 +37,10 @@ def place_of_thread(thread: int) -> Place:
         return Place("", "") if frame is None else _place(_code_of(frame))
     except AttributeError:  # code that torch compiled came to its end, and what its frame led to is no frame
         return Place("", "")
+    finally:
+        del (
+            frame
+        )  # the present thread's would hold itself, and with it all that its callers have, until it is collected
 
 
 class RunningThreads:

@@ -5,8 +5,8 @@ What: ``loss.item()`` becomes ``bmt.sum_loss(loss).item()``, ``float(loss)`` bec
 (``loss.detach().cpu().numpy()``, ``loss.data``); so do rows, lists of detached losses, loggers that are handed one, and
 objects of the project that add up what they are given (``averager.add(loss)``), functions that only show what they are
 given (``report(step, loss)``), checkpoints (``torch.save({"loss": loss}, path)``), schedules that are told one, and
-what a function that trains has added up and returns (``return total / count``), and what is kept of losses by comparing
-or mixing them (``best = min(best, loss)``, ``if loss < best: best = loss``, ``torch.lerp(average, loss.detach(), 0.1)``).
+what a function that trains has added up and returns (``return total / count``), and what is kept of losses by
+comparing or mixing them (``best = min(best, loss)``, ``if loss < best: best = loss``, ``torch.lerp(mean, loss, 0.1)``).
 A loss may also be what a function of the project returns after it has called backward on it.
 Why: a rank's loss is that of its share of the batch; sum_loss gives the mean over all ranks, which is the loss of the
 whole batch. It is a collective, so every rank makes the call.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -219,3 +220,27 @@ def test_what_a_node_is_given_is_there_until_it_has_run(kind: str, recompute: bo
             else:
                 assert gradient is not None
                 torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-5)
+
+
+class LendsTable(nn.Module):
+    """Blocks that are lent a view, and nothing that they could fill."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 8) * 0.1)
+        self.layers = nn.ModuleList([bmt.Block(Mixes("as a matrix"), use_checkpoint=True) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, self.table.T, x)
+        return x
+
+
+@on_ranks(2)
+def test_a_lent_view_is_no_object_that_a_block_may_fill() -> None:
+    """What moves in it is the library's own, on each rank at another time: some ranks would not recompute the block."""
+    model = bmt.BMTrainModelWrapper(LendsTable())
+    looked_into: list[object] = []
+    with mock.patch("bmtrain.block.repeat._all_inside", lambda objects: looked_into.extend(objects) or []):
+        model(torch.randn(5, 8)).square().mean().backward()
+    assert not looked_into

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import threading
 import time
@@ -154,6 +155,27 @@ def test_views_that_outlive_a_forward(kind: str, recompute: bool) -> None:
     trains_alike(plain, bmt.BMTrainModelWrapper(copied))
 
 
+class LeavesGarbage(nn.Module):
+    """Its forward leaves a frame behind that holds itself, as every exception that is kept does."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer("nothing") for _ in range(layers)])
+        self.gate = nn.Parameter(torch.ones(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate.expand_as(x)
+        for layer in self.layers:
+            x = layer(x, gate, [])
+        try:
+            raise ValueError
+        except ValueError as error:
+            kept = error  # noqa: F841
+        if bmt.is_initialized() and bmt.rank():
+            gc.collect()
+        return x * gate
+
+
 class Looping(nn.Module):
     """A loop over layers whose methods run, not their forwards."""
 
@@ -212,6 +234,24 @@ def test_views_taken_in_a_loop(as_list: bool) -> None:
     if as_list:
         copied.layers = bmt.TransformerBlockList(blocks)
     trains_alike(plain, bmt.BMTrainModelWrapper(copied))
+
+
+@on_ranks(2, init={"schedule": "stress"})
+def test_garbage_holds_nothing() -> None:
+    """Each rank collects it in its own time."""
+    torch.manual_seed(1)
+    plain = LeavesGarbage(4)
+    copied = copy.deepcopy(plain)
+    for layer in copied.layers:
+        bmt.Block(layer, use_checkpoint=False)
+    gc.collect()
+    gc.disable()
+    try:
+        model = bmt.BMTrainModelWrapper(copied)
+        trains_alike(plain, model, 6)
+        assert not unit_of(copied).was_seen  # type: ignore[union-attr]
+    finally:
+        gc.enable()
 
 
 @on_ranks(2, init={"schedule": "stress"})
