@@ -48,7 +48,7 @@ class Backward:
     def __init__(self, schedule: Schedule, of_no_module: OfNoModule) -> None:
         self._schedule, self._whole, self._of_no_module = schedule, schedule.whole, of_no_module
         self.flat_at, self.whole_storages = schedule.whole.flat_at, schedule.whole.storages
-        self.hold = schedule.pools.hold
+        self.holds = schedule.pools.holds
         self.frames: list[Frame] = []
         self.kept: KeptValues | None = None
         self.recomputes = 0

@@ -86,7 +86,7 @@ class Repeat:
         module: Any = getattr(call, "__self__", None)
         self._module: nn.Module = module
         self._record = record_of(module) if isinstance(module, nn.Module) else None
-        self._before = [] if self._record is None else self._record.state.before_run(module, buffers.hold)
+        self._before = [] if self._record is None else self._record.state.before_run(module, buffers.holds)
         self.is_observed = self._record is not None and self._record.state.observes
         self._rng = self._device.rng_state()
 

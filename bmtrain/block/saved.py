@@ -104,7 +104,7 @@ class Buffers(Protocol):
     def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""
 
-    def hold(self, tensor: torch.Tensor) -> bool:
+    def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in memory of buffers or shards, whatever that holds now."""
 
     def rebuild(self, place: Place, autocast: torch.dtype | None) -> torch.Tensor:

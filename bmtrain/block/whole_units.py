@@ -150,6 +150,7 @@ class WholeUnits:
                 self.release(staying)
 
     def _stay(self, unit: ShardUnit) -> None:
+        unit.is_seen = False  # what it has is its own now
         self._units.pop(unit.index, None)
         self._staying[unit.index] = weakref.ref(unit)
         if self._used is unit:

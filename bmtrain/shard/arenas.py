@@ -56,7 +56,9 @@ class Arenas:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in one of them."""
-        return tensor.untyped_storage().data_ptr() in self._at
+        address = tensor.untyped_storage().data_ptr()
+        arena = self._at.get(address)
+        return arena is not None and arena.tensor.untyped_storage().data_ptr() == address  # it may be given up
 
     def when_gone(self, user: object, action: Callable[[], object]) -> None:
         """Once no rank has its ``user`` any more, call ``action`` on all ranks at the same time."""

@@ -214,9 +214,9 @@ class Pools:
         """Whether this rank keeps any of what they serve."""
         return self.stage is None or self.stage == self.ctx.topology.pipe_rank
 
-    def hold(self, tensor: torch.Tensor) -> bool:
+    def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in memory of theirs."""
-        return self.arenas.holds(tensor) or any(pools.hold(tensor) for pools in self._stages.values())
+        return self.arenas.holds(tensor) or any(pools.holds(tensor) for pools in self._stages.values())
 
     def layout_of(self, shapes: tuple[tuple[int, ...], ...]) -> Layout:
         """Where parameters of these shapes lie, and which ranks of the shard group keep them."""
