@@ -440,7 +440,7 @@ class Flow:
                 return deep < 3 and any(self._averages(value, deep + 1) for value in values)
             case ast.BinOp(left=left, right=right):
                 return self._averages(left, deep) or self._averages(right, deep)
-            case ast.UnaryOp(operand=value):
+            case ast.UnaryOp(operand=value) | ast.Subscript(value=value):
                 return self._averages(value, deep)
             case ast.Call(func=func, args=args, keywords=keywords):
                 method = isinstance(func, ast.Attribute) and (
@@ -451,6 +451,10 @@ class Flow:
                     return self.is_batch(given) and _over_items(node, len(args) - len(rest))
                 if _name(node) in _KEEP and isinstance(func, ast.Attribute):
                     return self._averages(func.value, deep)
+                if _name(node) in {"softmax", "stack", "cat"}:  # weights of losses, that losses are multiplied by
+                    first = _operands(node)[0]
+                    held = first.elts if isinstance(first, (ast.List, ast.Tuple)) else [first]
+                    return any(self._averages(value, deep) for value in held)
                 if _AVERAGES.search(_name(node)) and not method and _name(node) not in self.across.of_items:
                     return all(k.arg not in _REDUCTIONS for k in keywords) and any(map(self.is_batch, args))
         return False

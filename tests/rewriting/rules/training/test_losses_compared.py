@@ -100,6 +100,8 @@ TRAINED = {
     "a test": ("if a > b:\n    loss = a\nelse:\n    loss = b", True),
     "a choice": ("loss = a if a > b else b", True),
     "the best of several": ("loss = None\nfor n in (1, 2):\n    one = F.mse_loss(out * n, y)\n    loss = one if loss is None else torch.min(loss, one)", True),
+    "weights of losses": ("w = torch.softmax(torch.stack([a, b]).detach(), 0)\nloss = w[0] * a + w[1] * b", True),
+    "weights by settings": ("w = torch.tensor([0.3, 0.7])\nloss = w[0] * a + w[1] * b", False),
     "of items": ("loss = torch.max(F.mse_loss(out, y, reduction='none'), F.l1_loss(out, y, reduction='none')).mean()", False),
     "parts in a list": ("parts = []\nfor n in (1, 2):\n    parts += [F.mse_loss(out * n, y).view(1)]\nloss = torch.cat(parts).mean()", False),
     "added in place": ("loss = torch.zeros(())\nfor n in (1, 2):\n    one = F.mse_loss(out * n, y)\n    loss.add_(one)", False),
