@@ -69,7 +69,12 @@ _METRICS = ("sklearn.metrics.", "scipy.stats.")
 _AVERAGED = re.compile(r"accuracy_score$|mean_|loss$")
 _FILES = {
     "json.dump", "pickle.dump", "torch.save", "numpy.save", "numpy.savez", "numpy.savez_compressed", "numpy.savetxt",
-    "scipy.io.savemat", "yaml.dump", "joblib.dump", "torchvision.utils.save_image",
+    "scipy.io.savemat", "yaml.dump", "joblib.dump", "torchvision.utils.save_image", "pandas.DataFrame",
+    "pandas.Series", "wandb.Histogram", "wandb.Image", "wandb.Table",
+}  # fmt: skip
+_PICTURES = {
+    "imshow", "matshow", "plot", "scatter", "hist", "hist2d", "bar", "barh", "boxplot", "violinplot", "pcolormesh",
+    "contourf", "heatmap", "histplot", "scatterplot",
 }  # fmt: skip
 _ALL_OF = {"add_histogram", "add_images", "add_embedding"}
 _ROWS = {"tolist", "numpy", "detach", "cpu"}
@@ -432,8 +437,12 @@ class Kinds:
                     yield from self._left_with_object(left, node.func)
             case ast.Call() if given := self._shown_by_call(node):
                 yield from self._handed_to_show(given)
+            case ast.Call(func=ast.Attribute(value=held, attr="tofile" | "dump")) if self.of_batch(held):
+                yield from self._put_in_file([held])
             case ast.Call() if (
-                self.roles.project.external(self.file, node.func) in _FILES or getattr(node.func, "attr", "") in _ALL_OF
+                self.roles.project.external(self.file, node.func) in _FILES
+                or getattr(node.func, "attr", "") in _ALL_OF
+                or self._draws(node.func)
             ):
                 yield from self._put_in_file([*node.args, *(keyword.value for keyword in node.keywords)])
             case ast.Call(func=ast.Attribute(attr=attr)) if attr in _METERS:
@@ -642,8 +651,18 @@ class Kinds:
             kind = self.kind(value)
             if kind in {"total", "mean"} and (_reads_number(value) or self.is_size(value)):
                 yield value, kind
-            elif kind in {"samples", "unknown"} and not is_text(value):
+            elif (
+                self._is_cut(value)
+                if kind in {"total", "mean"}
+                else kind in {"samples", "unknown"} and not is_text(value)
+            ):
                 yield value, "unknown"
+
+    def _draws(self, func: ast.expr) -> bool:
+        """Whether a call draws a picture: ``plt.imshow``, ``axis.scatter``, not a tensor's ``scatter``."""
+        if not isinstance(func, ast.Attribute) or func.attr not in _PICTURES:
+            return False
+        return dotted(func.value) not in _FUNCTIONS and not self.of_batch(func.value)
 
     def _is_number_of_model(self, value: ast.expr) -> bool:
         """Whether a value is the number that a model gives beside others, ``out, used = model(x)``: ``used.item()``."""
@@ -664,7 +683,9 @@ class Kinds:
         for value, kind in kinds:
             if kind == "mean" or (kind == "total" and not sizes_only):
                 yield value, kind
-            elif kind in {"samples", "unknown"} and (attr == "update" or self._is_kept(call)):
+            elif kind in {"samples", "unknown"} and (
+                attr == "update" or self._is_kept(call) or (attr == "log" and self._is_cut(value))
+            ):
                 yield value, "unknown"
             elif kind == "mixed":
                 yield from self._split(value)
