@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import assigned_by, dotted, is_backward, walk, walk_own
+from rewriter.analyze.read.nodes import assigned_by, dotted, is_backward, read_out, walk, walk_own
 from rewriter.analyze.training.readings import viewed
 from rewriter.analyze.training.roles import Roles, Var
 
@@ -46,6 +46,8 @@ def _chosen(roles: Roles, variable: Var, value: ast.expr) -> list[ast.Name] | No
     """The losses that become, or may become, what a variable holds; None if it is made of them otherwise."""
     names: list[ast.Name] = []
     for part in _sides(value):
+        if any(read_out(item) is not None for item in walk(part)):
+            continue  # a number, which is averaged where it is read
         tensor = viewed(part)
         if isinstance(tensor, ast.Name) and roles.var(tensor) in roles.losses:
             names += [tensor] if roles.var(tensor) != variable else []
