@@ -70,7 +70,7 @@ _AVERAGED = re.compile(r"accuracy_score$|mean_|loss$")
 _FILES = {
     "json.dump", "pickle.dump", "torch.save", "numpy.save", "numpy.savez", "numpy.savez_compressed", "numpy.savetxt",
     "scipy.io.savemat", "yaml.dump", "joblib.dump", "torchvision.utils.save_image", "pandas.DataFrame",
-    "pandas.Series", "wandb.Histogram", "wandb.Image", "wandb.Table",
+    "pandas.Series", "wandb.Histogram", "wandb.Table",
 }  # fmt: skip
 _PICTURES = {
     "imshow", "matshow", "plot", "scatter", "hist", "hist2d", "bar", "barh", "boxplot", "violinplot", "pcolormesh",
@@ -439,10 +439,11 @@ class Kinds:
                 yield from self._handed_to_show(given)
             case ast.Call(func=ast.Attribute(value=held, attr="tofile" | "dump")) if self.of_batch(held):
                 yield from self._put_in_file([held])
+            case ast.Call() if self._draws(node.func):
+                given = [*node.args, *(keyword.value for keyword in node.keywords)]
+                yield from self._put_in_file([value for value in given if not any(map(_takes_first, walk(value)))])
             case ast.Call() if (
-                self.roles.project.external(self.file, node.func) in _FILES
-                or getattr(node.func, "attr", "") in _ALL_OF
-                or self._draws(node.func)
+                self.roles.project.external(self.file, node.func) in _FILES or getattr(node.func, "attr", "") in _ALL_OF
             ):
                 yield from self._put_in_file([*node.args, *(keyword.value for keyword in node.keywords)])
             case ast.Call(func=ast.Attribute(attr=attr)) if attr in _METERS:
@@ -660,6 +661,8 @@ class Kinds:
 
     def _draws(self, func: ast.expr) -> bool:
         """Whether a call draws a picture: ``plt.imshow``, ``axis.scatter``, not a tensor's ``scatter``."""
+        if self.roles.project.external(self.file, func) == "wandb.Image":
+            return True
         if not isinstance(func, ast.Attribute) or func.attr not in _PICTURES:
             return False
         return dotted(func.value) not in _FUNCTIONS and not self.of_batch(func.value)
@@ -684,7 +687,9 @@ class Kinds:
             if kind == "mean" or (kind == "total" and not sizes_only):
                 yield value, kind
             elif kind in {"samples", "unknown"} and (
-                attr == "update" or self._is_kept(call) or (attr == "log" and self._is_cut(value))
+                attr == "update"
+                or self._is_kept(call)
+                or (attr == "log" and self._is_cut(value) and not isinstance(value, ast.Dict))
             ):
                 yield value, "unknown"
             elif kind == "mixed":
@@ -1606,6 +1611,14 @@ def _asks_where(call: ast.Call) -> bool:
 def _is_nothing(node: ast.expr) -> bool:
     """``0``, ``0.0``, ``[]``: what adding up begins with."""
     return (isinstance(node, ast.Constant) and node.value == 0) or (isinstance(node, ast.List) and not node.elts)
+
+
+def _takes_first(node: ast.AST) -> bool:
+    """``x[0]``, ``x[0, :2]``: of a batch's pictures rank 0 draws the first, as one process does."""
+    if not isinstance(node, ast.Subscript):
+        return False
+    first = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) and node.slice.elts else node.slice
+    return isinstance(first, ast.Constant) and first.value == 0
 
 
 def _is_behind_first(place: ast.expr) -> bool:

@@ -41,9 +41,14 @@ TOLD = [
     "plt.bar(range(3), out.softmax(1).mean(0).detach().numpy())",
     "sns.heatmap(out.softmax(1).detach().numpy())",
     'wandb.log({"loss": loss.item(), "labels": out.argmax(1).tolist()})',
+    'wandb.log({"all": wandb.Image(x)})',
     'wandb.log({"logits": wandb.Histogram(out.detach().numpy())})',
 ]
 LEFT = [
+    "plt.imshow(x[0].numpy())",
+    "plt.plot(out[0, :2].detach().numpy())",
+    'wandb.log({"first": wandb.Image(x[0].cpu())})',
+    'wandb.log({"masks": {"true": wandb.Image(x[0].float().cpu()), "pred": wandb.Image(out.argmax(1)[0].cpu())}})',
     "plt.plot(history)",
     "plt.plot(range(len(history)), history)",
     "plt.imshow(model.weight.detach().numpy())",
