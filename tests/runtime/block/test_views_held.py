@@ -283,7 +283,7 @@ def test_a_thread_that_looks_at_frames_holds_nothing() -> None:
             watcher.join()
 
 
-@on_ranks(2, init={"schedule": "stress"})
+@on_ranks(2, init={"schedule": "stress"}, fresh=True)  # what is compiled holds its model
 def test_nothing_is_held_for_what_holds_nothing() -> None:
     """A unit of which nobody has views is not kept, whatever autograd, autocast or a compiler save of it."""
     torch.manual_seed(1)
