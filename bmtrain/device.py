@@ -461,14 +461,6 @@ class Device:
         return self.is_cuda or self.schedule == "stress"
 
     @property
-    def counts_views(self) -> bool:
-        """Whether who uses a buffer can be counted, alike on all ranks: a CPU's transport holds some for a while.
-
-        Under "stress" it has tensors of its own on the same memory.
-        """
-        return self.is_cuda or self.schedule == "stress"
-
-    @property
     def measures_memory(self) -> bool:
         """Whether ``memory`` can tell what a step leaves free."""
         return self.is_cuda or self.stand_in is not None

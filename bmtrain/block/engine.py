@@ -302,17 +302,15 @@ class Engine:
         for other in frame.units[0].borrows if frame.units else ():
             frame.add(other)
         inside = frame.parent is not None and bool(frame.units)
-        apart = inside and self.schedule.pools.moves and self.backward.kept is None
-        if apart:
+        if inside and self.schedule.pools.moves and self.backward.kept is None:
             copies: dict[int, torch.Tensor] = {}
             args = tuple(self._of_its_own(value, frame.units, copies) for value in args)
             kwargs = {name: self._of_its_own(value, frame.units, copies) for name, value in kwargs.items()}
         self.backward.frames.append(frame)
         try:
-            out = frame.run(call, args, kwargs)
+            return frame.run(call, args, kwargs)
         finally:
             self.backward.frames.pop()
-        return out
 
     def _of_its_own(self, value: V, units: Collection[ShardUnit], copies: dict[int, torch.Tensor]) -> V:
         """``value``, copied if it is a view of a parameter that none of ``units`` holds; one copy of the same tensor.

@@ -35,10 +35,16 @@ class Entry:
     content: Any
 
     @classmethod
-    def of(cls, holder: dict[str, Any], name: str, copied: Callable[[torch.Tensor], bool] | None) -> Entry:
-        """As it is now, with a copy of what it holds; not of tensors that are not to be ``copied``."""
+    def of(
+        cls,
+        holder: dict[str, Any],
+        name: str,
+        copied: bool,
+        is_shared: Callable[[torch.Tensor], bool] = lambda _: False,
+    ) -> Entry:
+        """As it is now; ``copied``, with a copy of what it holds, unless that lies in memory that ``is_shared``."""
         value, content = holder.get(name, _MISSING), None
-        if copied and _is_plain(value) and copied(value):
+        if copied and _is_plain(value) and not is_shared(value):
             content = value.detach().clone()
         elif copied and isinstance(value, _CONTAINERS):
             content = copy.copy(value)
@@ -75,7 +81,7 @@ class Entry:
         """As it was before the run inside the ``with``; as it is now after it."""
         present = None
         if self.is_copied:
-            present = Entry.of(self.holder | {self.name: self.value}, self.name, lambda _: True).content
+            present = Entry.of(self.holder | {self.name: self.value}, self.name, True).content
             _fill_where_moved(self.value, self.content)
         try:
             with _held(self.holder, self.name, self.value):
@@ -110,10 +116,6 @@ class State:
 
         A view of a parameter, kept from a forward before, lies in memory that ``is_shared``: others' values are there.
         """
-
-        def copied(value: torch.Tensor) -> bool:
-            return not is_shared(value)
-
         self._runs += 1
         if self.observes:
             self._parameters = [(h, name) for h in (m._parameters for m in module.modules()) for name in h]
@@ -123,18 +125,18 @@ class State:
             self._others = [(h, n) for h, n in places if not (_is_plain(h[n]) or is_generator(h[n]))]
             known = {(id(h), n) for h, n in places}
             places += [place for key, place in self._moving.items() if key not in known]
-            return [Entry.of(holder, name, copied) for holder, name in places] + self._in_place_of_parameters()
+            return [Entry.of(h, n, True, is_shared) for h, n in places] + self._in_place_of_parameters()
         self._values = [h.get(n, _MISSING) for h, n in self._others]
-        watched = [Entry.of(h, n, None) for h, n in self._tensors if (id(h), n) not in self._moving]
+        watched = [Entry.of(h, n, False) for h, n in self._tensors if (id(h), n) not in self._moving]
         # Generators that have not drawn yet may begin to: nothing else tells that they moved.
         generators = [(h, n) for h, n in self._generators if (id(h), n) not in self._moving]
-        moving = [Entry.of(holder, name, copied) for holder, name in (*self._moving.values(), *generators)]
+        moving = [Entry.of(h, n, True, is_shared) for h, n in (*self._moving.values(), *generators)]
         return watched + moving + self._in_place_of_parameters()
 
     def _in_place_of_parameters(self) -> list[Entry]:
         """What torch.func.functional_call has put there, for one forward."""
         places = self._parameters
-        return [Entry.of(h, n, None) for h, n in places if not isinstance(h.get(n), DistributedParameter | None)]
+        return [Entry.of(h, n, False) for h, n in places if not isinstance(h.get(n), DistributedParameter | None)]
 
     def after_run(self, module: nn.Module, before: list[Entry]) -> list[Entry]:
         """Those of ``before`` that the run has moved, beside those known to move, and what is new."""

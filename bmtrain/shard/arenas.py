@@ -48,8 +48,6 @@ class Arenas:
         else:
             arena = Arena(comm.alloc(numel, dtype, self._ctx.device.torch_device))
         self._at[arena.tensor.untyped_storage().data_ptr()] = arena
-        if self._ordinary:
-            return arena
         if self._shared:  # what is to be done holds the tensor, so that memory and window outlive the arena
             self.when_gone(arena, partial(comm.release, arena.tensor))
         return arena

@@ -34,7 +34,9 @@ class Buffer:
     def __init__(self, arena: Arena, key: Hashable, device: Device) -> None:
         self.arena, self.key, self.free = arena, key, device.event()
         self._bytes = 0  # what to allocate again, where memory was given back
-        self._lay_over(arena.tensor if device.is_cuda or not device.counts_views else from_dlpack(arena.tensor))
+        # A CPU's transport holds what it moves for a while: where holders are counted, others are shown.
+        counts = device.reuses_memory and not device.is_cuda
+        self._lay_over(from_dlpack(arena.tensor) if counts else arena.tensor)
 
     def _lay_over(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor

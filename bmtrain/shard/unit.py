@@ -204,7 +204,7 @@ class ShardUnit:
     @property
     def is_viewed(self) -> bool:
         """Whether somebody has views of what was whole, and others may get the memory."""
-        return self.ctx.device.counts_views and not self.stays and any(buffer.is_viewed for buffer in self._prefetched)
+        return self.ctx.device.reuses_memory and not self.stays and any(buffer.is_viewed for buffer in self._prefetched)
 
     def _give_back(self, flat: FlatShard, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
         if self.stays:
@@ -245,7 +245,7 @@ class ShardUnit:
             shard, cast = flat.to_gather(compute) if self.pools is lender else (None, None)
             flat.wire = wires[index]
             buffer = known[index] if known else self._acquire(lender, flat, flat.wire)
-            if self.ctx.device.counts_views:
+            if self.ctx.device.reuses_memory:
                 buffer.show_anew()
             if shard is None:
                 buffer.tensor.copy_(flat.whole_of(flat.shard.to(flat.wire)))

@@ -9,6 +9,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 Scope = Function | ast.ClassDef
 BENT = {"exp", "expm1", "exp2", "sqrt", "rsqrt", "log", "log2", "log10", "log1p"}
 """Functions of which the mean is another than that of what they are given: perplexities, roots of mean squares."""
+OF_TWO = {"min", "max", "minimum", "maximum", "fmin", "fmax"}
+"""Functions that give one of what they are given."""
 _MODULES = {"math", "torch", "np", "numpy"}
 
 _NO_NODES = {"ctx", "id", "attr", "kind", "conversion", "level", "module", "type_comment", "lineno", "asname"}

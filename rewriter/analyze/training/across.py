@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TypeGuard
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, assigned_by, dotted, names_in, reduction_of, walk, walk_own
+from rewriter.analyze.read.nodes import OF_TWO, Function, assigned_by, dotted, names_in, reduction_of, walk, walk_own
 
 LOSSES = re.compile(
     r"cross_entropy|nll_loss|log_softmax|logsumexp|kl_div|mse_loss|smooth_l1|binary_cross|hinge|margin|"
@@ -34,7 +34,6 @@ _BENDS = {
 }  # fmt: skip
 _SAME_SHAPE = {"contiguous", "detach", "float", "half", "to", "clone"}
 _NORMS = {"norm", "vector_norm"}
-_OF_TWO = {"min", "max", "minimum", "maximum", "fmin", "fmax"}
 _ALL_ITEMS = {"topk", "sort", "median", "prod", "std", "var", "max", "min", "amax", "amin", "logsumexp", "softmax"}
 """Of the losses of items they make one that is no mean."""
 _BATCH = re.compile(r"^(?:b|bs|bsz|bat|batch(?:_?size)?|n_batch|batches)$", re.I)
@@ -407,7 +406,7 @@ class Flow:
                 is_norm = len(rest) < 2 and {k.arg for k in node.keywords} <= {"p", "ord"}
                 of_object = any(isinstance(one, ast.Name) and one.id in self.taken_here for one in rest)
                 return is_norm and self.is_batch(values) and not of_object  # normalizer.norm(x)
-            case ast.Call() if _name(node) in _OF_TWO | _ALL_ITEMS and (among := _chosen_of(node)):
+            case ast.Call() if _name(node) in OF_TWO | _ALL_ITEMS and (among := _chosen_of(node)):
                 return any(map(self._averages, among))
             case ast.Call(args=[ast.Compare() as test, _, _]) | ast.IfExp(test=ast.Compare() as test) if (
                 isinstance(node, ast.IfExp) or _name(node) == "where"
@@ -718,7 +717,7 @@ def _chosen_of(call: ast.Call) -> list[ast.expr]:
             return held
         case ast.Call(args=[ast.List(elts=held) | ast.Tuple(elts=held), *_]) if _name(values[0]) in {"stack", "cat"}:
             return held
-    return values if _name(call) in _OF_TWO and len(values) > 1 and _integer(values[1]) is None else []
+    return values if _name(call) in OF_TWO and len(values) > 1 and _integer(values[1]) is None else []
 
 
 def _operands(call: ast.Call) -> list[ast.expr]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import ast
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import assigned_by, dotted, is_backward, read_out, walk, walk_own
-from rewriter.analyze.training.readings import viewed
+from rewriter.analyze.read.nodes import OF_TWO, assigned_by, dotted, is_backward, read_out, walk, walk_own
+from rewriter.analyze.training.readings import OF_OBJECTS, viewed
 from rewriter.analyze.training.roles import Roles, Var
 
-_OF_TWO = {"min", "max", "minimum", "maximum", "fmin", "fmax", "lerp"}
-_OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
+_KEEPING = OF_TWO | {"lerp"}
 
 
 def extremes(file: File, roles: Roles) -> dict[ast.expr, list[ast.Name]]:
@@ -61,9 +60,9 @@ def _sides(value: ast.expr) -> list[ast.expr]:
     match value:
         case ast.IfExp(body=one, orelse=other):
             return [*_sides(one), *_sides(other)]
-        case ast.Call(func=ast.Name(id=name), args=[_, _, *_] as parts) if name in _OF_TWO:
+        case ast.Call(func=ast.Name(id=name), args=[_, _, *_] as parts) if name in _KEEPING:
             return [side for part in parts for side in _sides(part)]
-        case ast.Call(func=ast.Attribute(value=owner, attr=attr), args=[first, *others]) if attr in _OF_TWO:
+        case ast.Call(func=ast.Attribute(value=owner, attr=attr), args=[first, *others]) if attr in _KEEPING:
             if dotted(owner) in {"torch", "np", "numpy"}:
                 return [*_sides(first), *_sides(others[0])] if others else [value]
             return [*_sides(owner), *_sides(first)]
@@ -80,7 +79,7 @@ def _compares(file: File, roles: Roles, variable: Var, value: ast.expr, statemen
     tests = [parent.test for parent in file.names.ancestors(statement) if isinstance(parent, ast.If)]
     tests += [item.test for item in walk(value) if isinstance(item, ast.IfExp)]
     for test in (item for each in tests for item in walk(each) if isinstance(item, ast.Compare)):
-        if not isinstance(test.ops[0], _OF_OBJECTS):
+        if not isinstance(test.ops[0], OF_OBJECTS):
             compared = {roles.var(item) for item in walk(test) if isinstance(item, (ast.Name, ast.Attribute))}
             if variable in compared and given & compared:
                 return True

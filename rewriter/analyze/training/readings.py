@@ -25,7 +25,7 @@ _SUMS = (b'"sum"', b"'sum'", b"size_average")
 _COUNTS = re.compile(r"num|count|hits|correct|^n_|^n$|total_|tokens", re.I)
 _QUESTIONS = {"isnan", "isinf", "isfinite"}
 _OF_NUMBERS = {f"{module}.{name}" for module in ("math", "torch", "numpy") for name in _QUESTIONS}
-_OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
+OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
 _OF_NUMPY = {"numpy.array", "numpy.asarray", "numpy.float32", "numpy.float64", "numpy.mean"}
 
 
@@ -38,19 +38,19 @@ def readings(
     counted: Set[ast.AST] = frozenset(),
     shown: Callable[[ast.Call], Iterable[ast.expr]] = lambda call: (),
     only_shown: Callable[[list[ast.AST], str], bool] = lambda nodes, name: False,
-    curved: Mapping[ast.expr, list[ast.Name]] = {},
+    averaged: Mapping[ast.expr, list[ast.Name]] = {},
 ) -> dict[ast.expr, ast.expr]:
     """Expressions that give a loss's value away, each with the loss tensor in it.
 
     ``attributes`` are names under which objects of the project hold a loss, as ``held_path`` has them; ``kept`` tells
     what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a mean over a batch at a place.
     ``counted`` is what becomes that of all ranks where it is added up; ``shown`` tells what a call gives a function of
-    the project that only shows it, ``only_shown`` whether that is so of a name among nodes. ``curved`` are functions of
-    losses that get a name, as ``curved`` finds them.
+    the project that only shows it, ``only_shown`` whether that is so of a name among nodes. ``averaged`` is what gets
+    a name and is made of losses that are averaged before, each with those.
     """
-    found: dict[ast.expr, ast.expr] = {name: name for names in curved.values() for name in names}
+    found: dict[ast.expr, ast.expr] = {name: name for names in averaged.values() for name in names}
     taken: set[ast.expr] = {*found}
-    whole = {v for v, value, *_ in roles.assignments if value in curved}
+    whole = {v for v, value, *_ in roles.assignments if value in averaged}
     totals = _totals(roles, counted)
     for node in file.nodes:
         given = kept(node) if isinstance(node, ast.Call) else ()
@@ -495,7 +495,7 @@ def _is_of_numbers(roles: Roles, holder: ast.expr) -> bool:
 def _tested(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
     """What a test compares, or asks for being finite."""
     match node:
-        case ast.Compare(left=left, comparators=others) if not isinstance(node.ops[0], _OF_OBJECTS):
+        case ast.Compare(left=left, comparators=others) if not isinstance(node.ops[0], OF_OBJECTS):
             compared = [left, *others]
         case ast.Call(args=[value]) if roles.project.external(file, node.func) in _OF_NUMBERS:
             compared = [value]

@@ -650,13 +650,12 @@ class Kinds:
         """``np.save(path, out.numpy())``, ``json.dump({"labels": y.tolist()}, file)`` of each batch, or of the last."""
         for value in _parts([item for part in given for item in (_entries(part) or [part])]):
             kind = self.kind(value)
-            if kind in {"total", "mean"} and (_reads_number(value) or self.is_size(value)):
-                yield value, kind
-            elif (
-                self._is_cut(value)
-                if kind in {"total", "mean"}
-                else kind in {"samples", "unknown"} and not is_text(value)
-            ):
+            if kind in {"total", "mean"}:
+                if _reads_number(value) or self.is_size(value):
+                    yield value, kind
+                elif self._is_cut(value):
+                    yield value, "unknown"
+            elif kind in {"samples", "unknown"} and not is_text(value):
                 yield value, "unknown"
 
     def _draws(self, func: ast.expr) -> bool:
