@@ -101,7 +101,7 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
     flat = flat_of(base)
     if flat is not None and flat.unit.ctx.world_size > 1:
         return tensor.detach().clone()
-    return tensor
+    return tensor if tensor.is_leaf else tensor.detach()  # what holds its own node is never freed
 
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,11 @@ import torch
 from between_steps import units_of
 from fresh import PLENTY, fresh_plan, memory_of
 from models import tied
-from ranks import on_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.block.frame import Frame
 from bmtrain.context import context
 from bmtrain.objects import allgather_objects
 
@@ -265,3 +266,84 @@ def test_a_sweep(kind: str) -> None:
             manager.state_dict()
             model.__dict__["manager"] = manager
             del model, manager, head, run
+
+
+class Unused(nn.Module):
+    """Saves its own results (tanh, softmax, exp), of which some have no part in what comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(oracle.WIDTH, oracle.WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.lin(x)
+        y.softmax(-1)
+        return x + torch.tanh(y) * y.sigmoid().exp()
+
+
+def frames_left(step: Callable[[Any, torch.Tensor], object], recompute: bool) -> list[int]:
+    """How many forwards are remembered after four, eight and twelve steps."""
+    net = nn.Sequential(*[bmt.Block(Unused(), use_checkpoint=recompute) for _ in range(3)], Unused())
+    model: Any = bmt.BMTrainModelWrapper(net)
+    left = []
+    for _ in range(3):
+        for n in range(4):
+            step(model, models.share(oracle.inputs(n)))
+        gc.collect()
+        left.append(sum(isinstance(value, Frame) for value in gc.get_objects()))
+    return [count - left[0] for count in left]
+
+
+def looks(model: Any, x: torch.Tensor) -> None:
+    model(x).sum().item()
+
+
+def learns(model: Any, x: torch.Tensor) -> None:
+    model(x).square().mean().backward()
+    model.zero_grad()
+
+
+def learns_of_its_input(model: Any, x: torch.Tensor) -> None:
+    torch.autograd.grad(model(x.requires_grad_()).sum(), x)
+
+
+def keeps_the_graph(model: Any, x: torch.Tensor) -> None:
+    model(x).square().mean().backward(retain_graph=True)
+    model.zero_grad()
+
+
+def differentiates_twice(model: Any, x: torch.Tensor) -> None:
+    torch.autograd.grad(model(x.requires_grad_()).sum(), x, create_graph=True)
+
+
+def stops(model: Any, x: torch.Tensor) -> None:
+    y = model(x)
+    y.register_hook(lambda gradient: gradient.no_such_thing)
+    with pytest.raises(AttributeError):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("step", [looks, learns, learns_of_its_input, keeps_the_graph, differentiates_twice, stops])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("schedule", ["overlap", "stress"])
+def test_a_graph_that_no_backward_runs_through_is_freed(schedule: str, recompute: bool, step: Any) -> None:
+    assert run_ranks(2, frames_left, step, recompute, init={"schedule": schedule}) == [[0, 0, 0]] * 2
+
+
+def frames_left_of_penalties() -> list[int]:
+    model: Any = bmt.BMTrainModelWrapper(nn.Sequential(Unused(), Unused()))
+    left = []
+    for _ in range(3):
+        for _ in range(4):
+            with bmt.gathered(model):
+                sum(torch.tanh(parameter).sum() for parameter in model.parameters())
+            looks(model, oracle.inputs(0))
+        gc.collect()
+        left.append(sum(isinstance(value, torch.Tensor) for value in gc.get_objects()))
+    return left
+
+
+@on_ranks(1, 2)
+def test_a_penalty_that_no_backward_runs_through_is_freed() -> None:
+    left = frames_left_of_penalties()
+    assert left[1] == left[2]
