@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from rewriter.analyze.read.file import File
+from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, assigned_by, dotted, item_of, names_in, same, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives
@@ -34,6 +34,9 @@ _PARTS = {"split", "chunk", "array_split", "reshape", "view", "tensor_split"}
 _AS = {"list", "tensor", "as_tensor", "from_numpy", "LongTensor", "array", "asarray", "sorted", "sort"}
 _ROOM = {"range", "arange", "zeros", "ones", "empty", "full"}
 _AS_METHODS = {"tolist", "to", "cuda", "cpu", "long", "numpy", "astype"}
+_AS_LAID = {"to", "cuda", "cpu", "long", "float", "int", "contiguous", "clone", "numpy", "astype"}
+_NUMBERS = {"int", "float", "min", "max"}
+_SAYING = {"print", "format", "info", "debug", "log", "write", "DataLoader"}
 _LOADED = {"__getitem__", "__iter__", "__next__", "__len__"}
 _DEEP = 2
 _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
@@ -41,6 +44,9 @@ _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
 _WRITE = "write bmt.shard_batch({code}) where it is a batch of samples"
 _COMPARED = "its items are compared with each other in line {line}: if it is, write bmt.gather_batch(...) there"
 _FILLED = "a batch of the whole size is filled by it: write bmt.shard_batch(...) around what is made of it"
+_AGAIN = (
+    "line {line} asks for {size} items, too, and a share has fewer: write bmt.shard_batch(...) around what is given"
+)
 _SEED = "its generator has other numbers on every rank: give it a seed, such as {code}(0)"
 
 
@@ -77,8 +83,10 @@ class Batches:
             taken = self._taken[file] = Taken()
             drawn = list(self._random(file))
             taken.whole += drawn
-            taken.sizes |= {self._var(file, _first_size(call)) for call in drawn}
-            self._positions(file, taken)
+            sizes: dict[ast.expr, ast.expr] = {node: size for node in drawn if (size := _first_size(node)) is not None}
+            self._positions(file, taken, sizes)
+            self._lay_out(file, taken, sizes)
+            taken.sizes |= {self._var(file, size) for size in sizes.values()}
             self._orders(file, taken)
             self._leave_compared(file, taken, {*taken.whole, *taken.parts}.difference(drawn))
             if not taken.whole and not taken.parts and not taken.left:
@@ -229,9 +237,9 @@ class Batches:
 
     # Positions -------------------------------------------------------------------------------------------------
 
-    def _positions(self, file: File, taken: Taken) -> None:
+    def _positions(self, file: File, taken: Taken, sizes: dict[ast.expr, ast.expr]) -> None:
         """``index = np.random.choice(n, 12)``, ``random.sample(range(n), 12)``, ``torch.randperm(n)[:12]``."""
-        found: dict[ast.AST | None, list[tuple[ast.expr, str]]] = {}
+        found: dict[ast.AST | None, list[tuple[ast.expr, ast.expr]]] = {}
         for call in file.calls:
             name, generator = self._name(file, call)
             node, size = self._many(file, call, name, generator is not None)
@@ -252,14 +260,15 @@ class Batches:
                 loop = next(
                     (p for p in file.names.ancestors(node) if isinstance(p, (ast.For, ast.While, Function))), None
                 )
-                found.setdefault(loop, []).append((node, ast.unparse(size)))
-                taken.sizes.add(self._var(file, size))
+                found.setdefault(loop, []).append((node, size))
         for picked in found.values():
-            if len({size for _, size in picked}) == 1:
+            if len({ast.unparse(size) for _, size in picked}) == 1:
                 taken.whole += [node for node, _ in picked]
+                sizes |= dict(picked)
             else:
                 reason = "several numbers of items are drawn here, so that it is not clear which is the batch's"
                 taken.left += [(node, reason) for node, _ in picked[:1]]
+                taken.sizes |= {self._var(file, size) for _, size in picked}
 
     def _var(self, file: File, node: ast.expr | None) -> Var | None:
         return self.roles[file].var(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
@@ -363,6 +372,45 @@ class Batches:
     @staticmethod
     def _is_batch_by_name(size: ast.expr) -> bool:
         return bool(_BATCH.match((dotted(size) or "").split(".")[-1]))
+
+    # What is made of the size besides --------------------------------------------------------------------------
+
+    def _lay_out(self, file: File, taken: Taken, sizes: dict[ast.expr, ast.expr]) -> None:
+        """Where a function asks for the size of what it draws again, what it draws stays whole.
+
+        Shared out is what it lays out by that size, ``x = data[at.flatten()].view(size, -1)``.
+        """
+        drawn: dict[tuple[Function, str], list[ast.expr]] = {}
+        for node in taken.whole:
+            function, size = file.names.function_of(node), dotted(sizes[node]) if node in sizes else None
+            if function is not None and size:
+                drawn.setdefault((function, size), []).append(node)
+        for (function, size), nodes in drawn.items():
+            asked = list(self._asked_again(file, function, size, taken.whole))
+            if asked:
+                laid = _laid_out(file, nodes, size, asked)
+                taken.whole = [node for node in taken.whole if node not in nodes] + laid
+                if not laid:
+                    for node in nodes:
+                        del sizes[node]
+                    taken.left.append((nodes[0], _AGAIN.format(size=size, line=asked[0].lineno)))
+
+    def _asked_again(
+        self, file: File, function: Function, size: str, shared: list[ast.expr]
+    ) -> Iterator[ast.expr | ast.Slice]:
+        """Calls, slices and comparisons of shapes, in a function, that a share would not have the ``size`` for."""
+        own = {item for node in shared for item in walk(node)}
+        sharing = {file.names.function_of(node) for node in shared}
+        for item in (inner for statement in function.body for inner in walk_own(statement)):
+            if item in own or not isinstance(item, (ast.Name, ast.Attribute)) or dotted(item) != size:
+                continue
+            parent = _asking(file, item)
+            if isinstance(parent, ast.Call) and parent not in own:
+                found = self.project.resolve(file, parent.func)
+                if not isinstance(found, FunctionInfo) or found.node not in sharing:
+                    yield parent
+            elif isinstance(parent, ast.Slice) or (parent is not None and any(map(_reads_size, walk(parent)))):
+                yield parent
 
     # Orders ----------------------------------------------------------------------------------------------------
 
@@ -616,6 +664,78 @@ def _fills_whole(file: File, node: ast.expr, size: ast.expr) -> bool:
         and any(same(given, size) for given in (*item.args, *(p for a in item.args for p in getattr(a, "elts", ()))))
         for item in (walk(function) if function is not None else ())
     )
+
+
+def _asking(file: File, size: ast.expr) -> ast.Call | ast.Slice | ast.Compare | None:
+    """What asks for as many items as ``size``, or twice as many; not what counts, ``n // size``, or says how many."""
+    child: ast.AST = size
+    for parent in file.names.ancestors(size):
+        match parent:
+            case ast.Call() if (dotted(parent.func) or "").split(".")[-1] not in _NUMBERS:
+                name = parent.func.attr if isinstance(parent.func, ast.Attribute) else dotted(parent.func)
+                return None if child is parent.func or name in _SAYING else parent
+            case ast.Slice() | ast.Compare():
+                return parent
+            case ast.BinOp(op=ast.Div() | ast.FloorDiv() | ast.Mod(), right=right) if child is right:
+                return None
+            case ast.BinOp() if any(isinstance(item, ast.Call) for item in walk(parent)):
+                return None
+            case ast.stmt() | ast.FormattedValue():
+                return None
+        child = parent
+    return None
+
+
+def _laid_out(file: File, nodes: list[ast.expr], size: str, asked: list[ast.expr | ast.Slice]) -> list[ast.expr]:
+    """What is made of ``nodes`` and laid out by their size last, ``x.view(size, -1)``; none if more is made of them."""
+    drawing = {file.names.statement_of(node) for node in nodes}
+    block = file.names.siblings(min(drawing, key=lambda statement: statement.lineno))
+    passed: set[ast.stmt] = set()  # what is laid out again later
+    while drawing <= set(block):
+        whole: set[str] = set()  # names of as many items as are drawn
+        cut: dict[ast.stmt, set[str]] = {}
+        again: set[ast.stmt] = set()
+        for statement in block:
+            read = {item.id for item in walk(statement) if isinstance(item, ast.Name) and _is_read(item)}
+            if statement not in drawing and not read & whole.union(*cut.values()):
+                continue
+            if _is_laid(statement, size) and statement not in passed:
+                again |= {other for other, names in cut.items() if names & read}
+                cut[statement] = _stored(statement)
+                whole -= cut[statement]
+            elif statement in drawing or read & whole:
+                if not isinstance(statement, ast.Assign):
+                    return []
+                whole |= _stored(statement)
+                cut = {other: names - _stored(statement) for other, names in cut.items()}
+        if not again:
+            inside = {item for statement in passed.union(cut) for item in walk(statement)}
+            values = [statement.value for statement in cut if isinstance(statement, (ast.Assign, ast.Return))]
+            return [value for value in values if value is not None] if inside.issuperset(asked) else []
+        passed |= again
+    return []
+
+
+def _is_read(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Load)
+
+
+def _is_laid(statement: ast.stmt, size: str) -> bool:
+    """``x = data[at].view(size, -1).long()``, ``return torch.reshape(x, (size, -1))``."""
+    value = statement.value if isinstance(statement, (ast.Assign, ast.Return)) else None
+    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _AS_LAID:
+        value = value.func.value
+    match value:
+        case ast.Call(func=ast.Name(id="reshape") | ast.Attribute(value=ast.Name(id="torch" | "np"), attr="reshape")):
+            dims = value.args[1:]
+        case ast.Call(func=ast.Attribute(attr="view" | "reshape")):
+            dims = value.args
+        case ast.Call(func=ast.Attribute(attr="unflatten"), args=[ast.Constant(value=0), *dims]):
+            pass
+        case _:
+            return False
+    dims = [part for dim in dims[:1] for part in (dim.elts if isinstance(dim, (ast.Tuple, ast.List)) else [dim])]
+    return bool(dims) and dotted(dims[0]) == size
 
 
 def _reads_size(node: ast.AST) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from rewriter.analyze.read.circles import AnyCalled
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import all_arguments, children, dotted, held_in, loss_of, positional, walk, walk_own
@@ -72,7 +73,7 @@ class Collectives:
         self.instances = Instances(classes, roles, files)
         self.keepers = Keepers(self.instances, roles)
         self.showing = Showing(roles)
-        self._functions: dict[ast.AST, bool] = {}
+        self._makes_one = AnyCalled()
         self._values: dict[File, Values] = {}
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
         self._made_of_averaged: dict[File, dict[ast.expr, list[ast.Name]]] = {}
@@ -285,7 +286,7 @@ class Collectives:
         if deep > _DEEP:
             return False
         if isinstance(func, ast.Lambda):
-            return any(isinstance(item, ast.Call) and self.is_collective(file, item) for item in walk(func.body))
+            return self._makes_one(func, lambda: self._calls_one(file, walk(func.body)))
         if isinstance(func, ast.Name):
             functions = [found for found in self.project.meanings(file, func) if isinstance(found, FunctionInfo)]
             if self._runs(functions):
@@ -416,22 +417,21 @@ class Collectives:
 
     def function(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         """Whether a function makes a call that every rank must make."""
-        if node not in self._functions:
-            self._functions[node] = False
-            owner = file.names.class_of(node)
-            info = file.class_info(owner) if owner is not None else None
-            module = info if info is not None and self.classes.is_module(info) else None
-            self._functions[node] = self._gathers(file, node) or any(
-                isinstance(item, ast.Call)
-                and (
-                    self.is_collective(file, item)
-                    or (module is not None and self._runs_module(module, item))
-                    or self._saves(file, item)
-                )
-                for statement in node.body
-                for item in walk_own(statement)
-            )
-        return self._functions[node]
+        return self._makes_one(node, lambda: self._gathers(file, node) or self._runs_one(file, node))
+
+    def _runs_one(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        owner = file.names.class_of(node)
+        info = file.class_info(owner) if owner is not None else None
+        module = info if info is not None and self.classes.is_module(info) else None
+        items = [item for statement in node.body for item in walk_own(statement)]
+        return self._calls_one(file, items) or any(
+            isinstance(item, ast.Call)
+            and ((module is not None and self._runs_module(module, item)) or self._saves(file, item))
+            for item in items
+        )
+
+    def _calls_one(self, file: File, items: Iterable[ast.AST]) -> bool:
+        return any(isinstance(item, ast.Call) and self.is_collective(file, item) for item in items)
 
 
 _OTHERWISE_SEEN = (

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
+from rewriter.analyze.read.circles import AnyCalled
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef, Resolved
 from rewriter.analyze.read.names import Binding, Import
@@ -50,10 +51,10 @@ class Entries:
         self.classes = classes
         self.project = classes.project
         self.roles = roles
-        self._needs: dict[ast.AST, bool] = {}
-        self._constructing: dict[ast.AST, bool] = {}
-        self._files: dict[ast.AST, bool] = {}
-        self._backward: dict[ast.AST, bool] = {}
+        self._needs = AnyCalled()
+        self._constructing = AnyCalled()
+        self._files = AnyCalled()
+        self._backward = AnyCalled()
         self._light: dict[ast.AST, bool] = {}
         self._models: dict[File, bool] = {}
         self._told: dict[File, set[Var]] = {}
@@ -385,10 +386,7 @@ class Entries:
         return [self.project.resolve(file, part) for part in parts if isinstance(part, (ast.Name, ast.Attribute))]
 
     def _function_constructs(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-        if node not in self._constructing:
-            self._constructing[node] = False
-            self._constructing[node] = any(self.constructs(file, statement) for statement in node.body)
-        return self._constructing[node]
+        return self._constructing(node, lambda: any(self.constructs(file, statement) for statement in node.body))
 
     def needs_init(self, file: File, statement: ast.AST) -> bool:
         """Whether a statement must come after ``init_distributed`` (models, output, seeds, anything about ranks)."""
@@ -453,19 +451,16 @@ class Entries:
             found = self.project.resolve(file, call.func)
             if isinstance(found, ClassInfo) and "__init__" in found.methods:
                 found = found.file.function_info(found.methods["__init__"])
-            if isinstance(found, FunctionInfo):
-                if found.node not in self._files:
-                    self._files[found.node] = False
-                    self._files[found.node] = any(self.makes_files(found.file, inner) for inner in found.node.body)
-                if self._files[found.node]:
-                    return True
+            if isinstance(found, FunctionInfo) and self._function_makes_files(found):
+                return True
         return False
 
+    def _function_makes_files(self, function: FunctionInfo) -> bool:
+        body = function.node.body
+        return self._files(function.node, lambda: any(self.makes_files(function.file, inner) for inner in body))
+
     def _function_needs(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-        if node not in self._needs:
-            self._needs[node] = False
-            self._needs[node] = any(self.needs_init(file, statement) for statement in node.body)
-        return self._needs[node]
+        return self._needs(node, lambda: any(self.needs_init(file, statement) for statement in node.body))
 
     def trains(self, file: File, statements: list[ast.stmt]) -> bool:
         """Whether a module's own statements train, or call what does: then it is a script, wherever it lies."""
@@ -486,10 +481,7 @@ class Entries:
         )
 
     def _function_trains(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-        if node not in self._backward:
-            self._backward[node] = False
-            self._backward[node] = self.trains(file, node.body)
-        return self._backward[node]
+        return self._backward(node, lambda: self.trains(file, node.body))
 
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Set
 from functools import cached_property
 
+from rewriter.analyze.read.circles import AnyCalled
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef
 from rewriter.analyze.read.nodes import dotted, is_backward, loss_of, walk, walk_own
@@ -57,7 +58,7 @@ class Scripts:
         self.batches = Batches(self.collectives, self.feeds, self.is_fed)
         self.handed = Handed(self.collectives, self.feeds, self._taking, self._kinds)
         self.entry = Entries(classes, self.roles)
-        self._steps: dict[ast.AST, bool] = {}
+        self._steps = AnyCalled()
         self._reached: dict[File, set[File]] = {}
         self._imported_by: dict[File, set[File]] = {}
         self._programs_of: dict[File, set[File]] = {}
@@ -548,14 +549,15 @@ class Scripts:
 
     def steps(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         """Whether a function calls backward, or a function of the project that does."""
-        if node not in self._steps:
-            self._steps[node] = False
-            for item in (item for statement in node.body for item in walk_own(statement)):
-                if isinstance(item, ast.Call):
-                    found = self.project.resolve(file, item.func)
-                    if is_backward(item) or (isinstance(found, FunctionInfo) and self.steps(found.file, found.node)):
-                        self._steps[node] = True
-        return self._steps[node]
+        return self._steps(
+            node, lambda: any(self._call_steps(file, item) for statement in node.body for item in walk_own(statement))
+        )
+
+    def _call_steps(self, file: File, item: ast.AST) -> bool:
+        if not isinstance(item, ast.Call):
+            return False
+        found = self.project.resolve(file, item.func)
+        return is_backward(item) or (isinstance(found, FunctionInfo) and self.steps(found.file, found.node))
 
     def opened_guards(self, file: File) -> dict[ast.If, Guard]:
         """Rank guards that every rank enters: for a collective or gradient inside, or for what such guards need."""

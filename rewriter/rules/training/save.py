@@ -104,20 +104,23 @@ def _holds_state(file: File, facts: Facts, what: ast.expr) -> bool:
     )
 
 
-def _held(file: File, what: ast.expr) -> Iterator[ast.expr]:
-    """What goes into a file: the entries of a dict that is written out, there or where its name is given it."""
+def _held(file: File, what: ast.expr, names: tuple[str, ...] = ()) -> Iterator[ast.expr]:
+    """What goes into a file: the entries of a dict that is written out, there or where its name is given it.
+
+    Of ``names``, whose values they are, a value may be made again: ``state = {**state, "epoch": epoch}``.
+    """
     match what:
         case ast.Dict(values=values) | ast.Tuple(elts=values) | ast.List(elts=values):
             for value in values:
-                yield from _held(file, value)
+                yield from _held(file, value, names)
         case ast.Call(func=ast.Name(id="dict"), keywords=keywords):
             for keyword in keywords:
-                yield from _held(file, keyword.value)
+                yield from _held(file, keyword.value, names)
         case ast.Name():
             yield what
-            for value in file.names.values_of(what):
+            for value in file.names.values_of(what) if what.id not in names else ():
                 if isinstance(value, (ast.Dict, ast.Call)):
-                    yield from _held(file, value)
+                    yield from _held(file, value, (*names, what.id))
         case ast.Attribute():
             yield what
 
