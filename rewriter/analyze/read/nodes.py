@@ -212,10 +212,19 @@ def reduction_of(call: ast.Call) -> object:
 
 
 def bent(node: ast.AST) -> ast.expr | None:
-    """``x`` of ``math.exp(x)``, ``torch.sqrt(x)`` and ``x.log()``, of which a mean is another than that of ``x``."""
+    """``x`` of ``math.exp(x)``, ``x.log()`` and ``2 ** x``, of which a mean is another than that of ``x``."""
     match node:
         case ast.Call(func=ast.Attribute(value=ast.Name(id=module), attr=attr), args=[value]) if module in _MODULES:
             return value if attr in BENT else None
         case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[], keywords=[]) if attr in BENT:
             return value
+        case ast.BinOp(left=base, op=ast.Pow(), right=value) if _is_base(base):
+            return value
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=module), attr="pow" | "power"), args=[base, value]):
+            return value if module in _MODULES and _is_base(base) else None
     return None
+
+
+def _is_base(node: ast.expr) -> bool:
+    """``2`` of ``2 ** x``, ``math.e``."""
+    return isinstance(node, ast.Constant) or (isinstance(node, ast.Attribute) and node.attr == "e")

@@ -325,7 +325,7 @@ def _bends(roles: Roles, value: ast.expr) -> list[ast.Name] | None:
         return None
     for item in walk(value):
         match item:
-            case ast.Call() if (inner := bent(item)) is not None and holds(inner):
+            case ast.Call() | ast.BinOp() if (inner := bent(item)) is not None and holds(inner):
                 break
             case ast.BinOp(left=left, op=ast.Pow()) if holds(left):
                 break
@@ -431,7 +431,7 @@ def _whole(node: ast.expr | None) -> Iterator[ast.Name]:
             yield from _whole(value)
         case ast.Call(func=ast.Name(id="min" | "max"), args=[value, ast.Constant()]):
             yield from _whole(value)
-        case ast.Call() if (inner := bent(node)) is not None:
+        case ast.Call() | ast.BinOp() if (inner := bent(node)) is not None:
             yield from _whole(inner)
 
 
@@ -551,7 +551,7 @@ def viewed(node: ast.expr) -> ast.expr:
                 node = value
             case ast.Call(func=ast.Name(id="min" | "max"), args=[value, ast.Constant()]):
                 node = value
-            case ast.Call() if (inner := bent(node)) is not None:
+            case ast.Call() | ast.BinOp() if (inner := bent(node)) is not None:
                 node = inner
             case _:
                 return node

@@ -429,6 +429,10 @@ class Kinds:
                 yield from self._put_at(target, value) if added is None else self._added_at(target, added)
             case ast.Dict() | ast.Call() if (parts := _entries(node)) and any(map(self._is_number_read, parts)):
                 yield from ((part, self.kind(part)) for part in parts if self._is_made_whole(part))
+            case ast.Call(func=ast.Name(id="locals"), args=[]):
+                held = [value for values in self.made.values() for value, part in values if part is None]
+                if any(_reads_number(value) and self.kind(value) in {"mean", "total"} for value in held):
+                    yield node, "unknown"
             case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                 if not self._bound_inside(holder):
                     yield from self._collected(attr, value)
@@ -527,8 +531,12 @@ class Kinds:
             yield value, kind
 
     def _is_mean_read(self, value: ast.expr, deep: int = 0) -> bool:
-        """``x.mean().item()``: the number of a mean, which becomes that of all ranks where it is read."""
-        return self.kind(value, deep) == "mean" and _reads_number(value) and self.comes_once(value)
+        """``x.mean().item()``, or a name of it: the number of a mean, which becomes that of all ranks there."""
+        held = [value]
+        if isinstance(value, ast.Name) and value.id not in self._growth:
+            held = [made if part is None else value for made, part in self.made.get(value.id, ())]
+        read = bool(held) and all(map(_reads_number, held))
+        return read and self.kind(value, deep) == "mean" and self.comes_once(value)
 
     def _is_number_read(self, value: ast.expr, deep: int = 0) -> bool:
         """``loss.item()``, ``x.mean().item()``: what tells that a dict is of numbers to show or keep."""
@@ -938,6 +946,19 @@ class Kinds:
         made = self.file.names.values_of(node) if isinstance(node, ast.Name) else [node]
         return bool(made) and all(isinstance(one, ast.Constant) and isinstance(one.value, str) for one in made)
 
+    def _is_line(self, node: ast.expr) -> bool:
+        """``"=" * n``, or a name of text, to which more may be added: how long it is, is no size of a batch."""
+        match node:
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                return self._is_string(left) or self._is_string(right)
+            case ast.Name():
+                values = [one for one in self.file.names.values_of(node) if not self._adds(one)]
+                return bool(values) and all(is_text(one) or self._is_string(one) for one in values)
+        return is_text(node)
+
+    def _adds(self, value: ast.expr) -> bool:
+        return isinstance(self.file.names.parents.get(value), ast.AugAssign)
+
     def _is_whole_in_text(self, value: ast.expr, deep: int) -> bool:
         """Whether a text has the number of all ranks where a value is put into it."""
         return self._is_read_loss(value, deep) or self.kind(value, deep + 1) in {"", "total", "mean"}
@@ -1086,6 +1107,10 @@ class Kinds:
             if self._is_read_loss(bends, deep):
                 return ""  # whose number is that of all ranks
         match node:
+            case ast.Call(func=ast.Name(id="len"), args=[text]) if self._is_line(text):
+                return ""
+            case ast.BinOp(op=ast.Mult()) if self._is_line(node):
+                return ""
             case ast.Call() | ast.JoinedStr() | ast.BinOp() if (held := self._put_into_text(node)) is not None:
                 return "" if all(self._is_whole_in_text(value, deep) for value in held) else "unknown"
             case ast.Dict() | ast.DictComp() | ast.Call() if (held := _entries(node)) is not None:
@@ -1334,8 +1359,10 @@ class Kinds:
 
     def _of_criterion(self, call: ast.Call) -> str:
         """``mean`` or ``total`` for what a loss of torch makes: ``F.l1_loss(x, y)``, ``nn.L1Loss()(x, y)``."""
-        made = call.func.func if isinstance(call.func, ast.Call) else call.func
-        known = _CRITERION.match(self.roles.project.external(self.file, made))
+        held = self.roles.assigned(self.roles.var(call.func)) if not isinstance(call.func, ast.Call) else ()
+        made = [value for value, _, part in held if not part and len(held) == 1] or [call.func]
+        named = [one.func if isinstance(one, ast.Call) else one for one in made]
+        known = all(_CRITERION.match(self.roles.project.external(self.file, one)) for one in named)
         return _REDUCED.get(self.reduced(call), "") if known else ""
 
     def _named(self, name: str, call: ast.Call) -> str:

@@ -24,6 +24,7 @@ for i, (x, y) in enumerate(train_loader):
 """
 LOSS, ACC, SIZE = "bmt.sum_loss(loss).item()", "bmt.sum_loss(acc.item())", "bmt.total(len(x))"
 SHOW = "for k, v in logs.items():\n        print(k, v)"
+NAME = "top = (out.detach().argmax(1) == y).float().mean().item()\n    "
 WHOLE = {
     "beside a rate": ("logs = {'loss': loss.item(), 'lr': opt.param_groups[0]['lr'], 'step': i}", SHOW, LOSS),
     "a mean beside a rate": ("logs = {'acc': acc.item(), 'lr': 0.1}", SHOW, ACC),
@@ -40,6 +41,15 @@ WHOLE = {
     "rounded": ("logs = {'acc': round(acc.item(), 4)}", SHOW, f"round({ACC}, 4)"),
     "in percent": ("logs = {'acc': 100 * acc.item()}", SHOW, "bmt.sum_loss(100 * acc.item())"),
     "now and then": ("logs = {'lr': 0.1}\n    if i % 2 == 0:\n        logs['acc'] = acc.item()", SHOW, ACC),
+    "a name": (f"{NAME}logs = {{'acc': top, 'lr': 0.1}}", SHOW, "{'acc': bmt.sum_loss(top), 'lr'"),
+    "a name, by a keyword": (f"{NAME}logs = dict(acc=top)", "history.append(logs)", "dict(acc=bmt.sum_loss(top))"),
+    "a name beside a loss": (
+        f"{NAME}logs = {{'acc': top, 'loss': loss.item()}}",
+        SHOW,
+        f"bmt.sum_loss(top), 'loss': {LOSS}",
+    ),
+    "a name, filled": (f"{NAME}logs = {{}}\n    logs['acc'] = top", "print(logs)", "logs['acc'] = bmt.sum_loss(top)"),
+    "a name, nested": (f"{NAME}logs = {{'m': {{'acc': top}}}}", "print(logs['m'])", "{'acc': bmt.sum_loss(top)}"),
     "filled": ("logs = {}\n    logs['loss'] = loss.item()\n    logs['acc'] = acc.item()", "print(logs)", ACC),
 }
 
@@ -61,6 +71,9 @@ def test_what_is_of_all_ranks_is_not_reported_where_it_is_shown(name: str) -> No
         ("logs = {'loss': loss.item(), 'top': out.max().item()}", SHOW),
         ("logs = {'loss': loss.item(), 'top': out.max().item()}", "pass\nprint(logs)"),
         ("logs = dict(zip('abc', out.mean(0).tolist()))", SHOW),
+        (f"{NAME}logs = locals()", "note(logs)"),
+        (f"{NAME}note(['top'], values=locals())", "pass"),
+        (f"{NAME}logs = {{'acc': top}}\n    top = out.max()", "print(logs)"),
     ],
 )
 def test_a_dict_of_anything_else_is_reported_where_it_is_shown(made: str, used: str) -> None:
@@ -80,3 +93,13 @@ def test_a_size_is_reported_where_the_loader_has_no_name() -> None:
     result = convert_text(f"{head}    logs = {{'loss': loss.item(), 'n': len(x)}}\n    print(logs)\n")
     assert "'n': len(x)" in result.after.decode()
     assert any("len(x) is the size of this rank's share" in finding.message for finding in result.reported)
+
+
+def test_how_long_a_line_is_is_no_size_of_a_batch() -> None:
+    head = HEAD.replace(
+        "net = ", "\ndef table(columns):\n    line = '|'\n    for column in columns:\n{lines}\n\nnet = ", 1
+    )
+    shown = ["line += column", "print('-' * len(line))", "print(len(line) * '=')", "print(len(line))", "print(line)"]
+    head = head.replace("{lines}", "\n".join(f"{'        ' if n < 1 else '    '}{one}" for n, one in enumerate(shown)))
+    result = convert_text(f"{head}    table([f'{{loss.item()}} |', f'{{acc.item()}} |'])\n")
+    assert "print_rank(len(line) * '=')" in result.after.decode() and not result.reported

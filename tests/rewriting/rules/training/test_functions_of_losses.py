@@ -50,6 +50,11 @@ SHOWN = {
     "of what it is made of": ("print(torch.exp(total / len(loader)))", "torch.exp(bmt.sum_loss(total) / len(loader))"),
     "kept": ("kept = []\nkept.append(torch.exp(mean.detach()))", f"torch.exp({MEAN}.detach())"),
     "tested": ("if torch.exp(mean) < 9:\n    torch.save(net.state_dict(), 'x')", f"if torch.exp({MEAN}) < 9:"),
+    "a power": ("print((2 ** mean).item())", f"(2 ** {MEAN}).item()"),
+    "a power of e": ("ppl = math.e ** mean\nprint(ppl)", f"ppl = math.e ** {MEAN}\n"),
+    "a power by name": ("print(torch.pow(2.0, mean).item())", f"torch.pow(2.0, {MEAN}).item()"),
+    "a power of a number": ("print(math.pow(2, mean.item()))", f"math.pow(2, {MEAN}.item())"),
+    "a power that is kept": ("kept = []\nkept.append((2 ** mean).item())", f"(2 ** {MEAN}).item()"),
     "of numpy": ("print(np.exp(mean.cpu().numpy()))", f"np.exp({MEAN}.cpu().numpy())"),
 }
 
@@ -67,6 +72,7 @@ TRAINED = {
     "on the way": "mse = net(x).square().mean()\nroot = mse.sqrt()\nloss = root + 1",
     "under its own name": "loss = net(x).square().mean()\nloss = torch.log(loss)",
     "in a list": "mse = net(x).square().mean()\nloss = sum([torch.sqrt(mse)])",
+    "a weight that is a power": "mse = net(x).square().mean()\nloss = 2 ** -mse.detach() * mse",
     "a weight": "mse = net(x).square().mean()\nloss = torch.exp(-mse.detach()) * mse",
 }
 
