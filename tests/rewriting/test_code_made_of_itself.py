@@ -77,6 +77,15 @@ def test_what_any_called_function_does_is_the_same_in_every_order() -> None:
             assert {name for name in order if ask(name)} == reached
 
 
+@pytest.mark.timeout(100)
+def test_values_that_are_made_of_many_are_asked_once() -> None:
+    made = [f"    v{k} = v{k - 1} / (v{k - 1} - v{k - 2} * v{k - 1}) + v{k - 2} * v{k - 1}" for k in range(2, 9)]
+    head = "import torch\nfrom torch.utils.data import DataLoader\nnet = torch.nn.Linear(4, 1)\n"
+    head += "opt = torch.optim.SGD(net.parameters(), lr=0.1)\nfor v0, v1 in DataLoader(data, batch_size=8):\n"
+    steps = ["    net(v0).mean().backward()", "    opt.step()", *made, "    print(v8.max().item(), v8.tolist())", ""]
+    assert "optim_manager.step()" in converted(head + "\n".join(steps))  # which took minutes, by every way to it
+
+
 def reach(calls: dict[str, str], name: str) -> set[str]:
     """``name``, and what it calls."""
     found, more = set[str](), [name]

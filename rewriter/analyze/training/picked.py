@@ -55,6 +55,7 @@ class Picked:
     ) -> None:
         self.file, self.roles, self.nodes, self.made, self.of_batch = roles.file, roles, nodes, made, of_batch
         self._kind, self._reduced, self._asked = kind, reduced, set[ast.AST]()
+        self.circles = 0  # how often something was asked while it was
         self._whole = ""
         if isinstance(place, ast.For):
             item = item_of(place, self.file.names.values_of)
@@ -100,6 +101,7 @@ class Picked:
     def _first(self, tensor: ast.expr) -> str:
         """What ``x[0]`` takes: the first item of a tensor of samples, or an entry of what is made of all of them."""
         if tensor in self._asked:
+            self.circles += 1
             return SOME
         self._asked.add(tensor)
         kind = self._kind(tensor)

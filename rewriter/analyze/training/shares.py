@@ -179,6 +179,9 @@ class Kinds:
         self._over_ranks: dict[ast.Call, bool] = {}
         self.nodes = list(_own(loop))
         self.batch, self._held, self._asked = set(held), held, set[str]()
+        self._kinds: dict[tuple[ast.expr, int, bool, frozenset[str]], str] = {}
+        self._met = set[str]()  # names that are asked further out, and were come to again
+        self._settled = False
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
@@ -222,6 +225,7 @@ class Kinds:
                     self.batch.add(name)
         self.of_items = {name for name in self.of_items if any(self._per_item(node) for node, _ in self._growth[name])}
         self.batch |= self.of_items
+        self._settled = True
 
     @cached_property
     def _growth(self) -> dict[str, list[tuple[ast.AST, ast.expr]]]:
@@ -1084,13 +1088,21 @@ class Kinds:
 
     def kind(self, node: ast.expr, deep: int = 0) -> str:
         """Empty for what does not come of the batch."""
-        if not isinstance(node, ast.Name):
-            return self._kind(node, deep)
-        if node.id in self._asked:  # ``x = x.to(device)``
-            return "samples" if node.id in self._held else ""
-        self._asked.add(node.id)
+        key = node, deep, self.totals_become_whole, self._means
+        if key in self._kinds:
+            return self._kinds[key]
+        name = node.id if isinstance(node, ast.Name) else ""
+        if name in self._asked:  # ``x = x.to(device)``
+            self._met.add(name)
+            return "samples" if name in self._held else ""
+        met, self._met, circles = self._met, set(), self.picked.circles
+        self._asked |= {name} - {""}
         found = self._kind(node, deep)
-        self._asked.discard(node.id)
+        self._asked.discard(name)
+        self._met.discard(name)
+        if self._settled and not self._met and self.picked.circles == circles:  # else it depends on who asks
+            self._kinds[key] = found
+        self._met |= met
         return found
 
     def _kind(self, node: ast.expr, deep: int) -> str:
