@@ -40,7 +40,7 @@ class Picked:
     """Answers for one loop over batches, or function that gets one.
 
     ``made`` has what its names are given, each value with its place where it is a part; ``kind`` tells what are
-    ``samples``, ``reduced`` what is a sum or a mean over the batch.
+    ``samples``, ``reduced`` what is a sum or a mean over the batch, ``context`` what an answer rests on besides.
     """
 
     def __init__(
@@ -52,10 +52,12 @@ class Picked:
         of_batch: Callable[[ast.AST], bool],
         kind: Callable[[ast.expr], str],
         reduced: Callable[[ast.expr], str],
+        context: Callable[[ast.AST], frozenset[object]],
     ) -> None:
         self.file, self.roles, self.nodes, self.made, self.of_batch = roles.file, roles, nodes, made, of_batch
         self._kind, self._reduced, self._asked = kind, reduced, set[ast.AST]()
-        self.circles = 0  # how often something was asked while it was
+        self.is_settled = False  # whether ``made`` and what is ``of_batch`` stay as they are
+        self._context, self._items = context, dict[tuple[ast.AST, int, frozenset[object]], set[str]]()
         self._whole = ""
         if isinstance(place, ast.For):
             item = item_of(place, self.file.names.values_of)
@@ -67,8 +69,22 @@ class Picked:
         ``x[0]`` is the batch's first item on rank 0, so that this rank's own value is what one process has; ``x[:4]``
         may be more items than rank 0 has, and ``x[0]`` of what may be a tensor or a list is not known.
         """
-        if deep > _DEEP or not self.of_batch(node):
+        if deep > _DEEP:
             return set()
+        key = node, deep, self._context(node)
+        if key not in self._items:
+            found = self._items_of(node, deep) if self.of_batch(node) else set()
+            if not self.is_settled:
+                return found
+            self._items[key] = found
+        return self._items[key]
+
+    @property
+    def asked(self) -> frozenset[object]:
+        """What is being asked."""
+        return frozenset(self._asked)
+
+    def _items_of(self, node: ast.AST, deep: int) -> set[str]:
         match node:
             case ast.Name(id=name):
                 made = [value for value, part in self.made.get(name, ()) if part is None]
@@ -101,7 +117,6 @@ class Picked:
     def _first(self, tensor: ast.expr) -> str:
         """What ``x[0]`` takes: the first item of a tensor of samples, or an entry of what is made of all of them."""
         if tensor in self._asked:
-            self.circles += 1
             return SOME
         self._asked.add(tensor)
         kind = self._kind(tensor)

@@ -179,9 +179,8 @@ class Kinds:
         self._over_ranks: dict[ast.Call, bool] = {}
         self.nodes = list(_own(loop))
         self.batch, self._held, self._asked = set(held), held, set[str]()
-        self._kinds: dict[tuple[ast.expr, int, bool, frozenset[str]], str] = {}
-        self._met = set[str]()  # names that are asked further out, and were come to again
-        self._settled = False
+        self._kinds: dict[tuple[ast.expr, int, bool, frozenset[str], frozenset[object]], str] = {}
+        self._rests_on: dict[ast.AST, frozenset[str]] = {}
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
@@ -206,7 +205,7 @@ class Kinds:
                     elif isinstance(item, ast.Name) and not self._is_key(node, item, held_in):
                         place = _EACH if item in held_in else _SOME
                         self.made.setdefault(item.id, []).append((held_in.get(item, node.iter), place))
-        self.picked = Picked(roles, loop, self.nodes, self.made, self.of_batch, self.kind, reduced)
+        self.picked = Picked(roles, loop, self.nodes, self.made, self.of_batch, self.kind, reduced, self._asked_of)
         self.added, self.of_items = set[str](), set[str]()
         self.added, self.of_items = self._added_anew()
         self.grown = self._growing()
@@ -225,7 +224,9 @@ class Kinds:
                     self.batch.add(name)
         self.of_items = {name for name in self.of_items if any(self._per_item(node) for node, _ in self._growth[name])}
         self.batch |= self.of_items
-        self._settled = True
+        self._rests_on.clear()
+        self.__dict__.pop("_made_of", None)
+        self.picked.is_settled = True
 
     @cached_property
     def _growth(self) -> dict[str, list[tuple[ast.AST, ast.expr]]]:
@@ -1088,21 +1089,37 @@ class Kinds:
 
     def kind(self, node: ast.expr, deep: int = 0) -> str:
         """Empty for what does not come of the batch."""
-        key = node, deep, self.totals_become_whole, self._means
-        if key in self._kinds:
-            return self._kinds[key]
         name = node.id if isinstance(node, ast.Name) else ""
         if name in self._asked:  # ``x = x.to(device)``
-            self._met.add(name)
             return "samples" if name in self._held else ""
-        met, self._met, circles = self._met, set(), self.picked.circles
-        self._asked |= {name} - {""}
-        found = self._kind(node, deep)
-        self._asked.discard(name)
-        self._met.discard(name)
-        if self._settled and not self._met and self.picked.circles == circles:  # else it depends on who asks
+        key = node, deep, self.totals_become_whole, self._means, self._asked_of(node)
+        if key not in self._kinds:
+            self._asked |= {name} - {""}
+            found = self._kind(node, deep)
+            self._asked.discard(name)
+            if not self.picked.is_settled:
+                return found
             self._kinds[key] = found
-        self._met |= met
+        return self._kinds[key]
+
+    def _asked_of(self, node: ast.AST) -> frozenset[object]:
+        """What is being asked further out, of all that an answer about ``node`` may rest on."""
+        if node not in self._rests_on:
+            self._rests_on[node] = frozenset().union(*(self._made_of.get(name, {name}) for name in _named(node)))
+        return (self._rests_on[node] & self._asked) | self.picked.asked
+
+    @cached_property
+    def _made_of(self) -> dict[str, set[str]]:
+        """The names that a name is made of, itself among them, and those that they are made of."""
+        direct = {name: {name}.union(*(_named(value) for value, _ in values)) for name, values in self.made.items()}
+        for name, values in self._growth.items():
+            direct.setdefault(name, {name}).update(*(_named(value) for _, value in values))
+        found = {name: set(names) for name, names in direct.items()}
+        for _ in found:
+            more = {name: names.union(*(found.get(one, ()) for one in names)) for name, names in found.items()}
+            if more == found:
+                break
+            found = more
         return found
 
     def _kind(self, node: ast.expr, deep: int) -> str:
