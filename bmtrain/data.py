@@ -357,12 +357,14 @@ class ShardedBatchSampler(AlignedSampler):
 
 
 def _warn_of_uneven(length: int, ranks: int) -> None:
+    # a rank is never left without a sample (``_bounds``), so the ranks of a smaller batch have some of them in common
+    twice = " Its samples are on several ranks, and stand as often in what is collected." if length < ranks else ""
     if context().rank == 0:
         warn(
             f"A batch of {length} does not divide evenly over {ranks} ranks. A mean over each rank's samples, averaged "
             "over ranks, weighs them slightly differently from one process. For exactly the same, compute the loss by "
             'bmt.mean(losses) from a loss with reduction="none" (or by bmt.loss.FusedCrossEntropy), or leave such '
-            "batches out with drop_last=True.",
+            "batches out with drop_last=True." + twice,
             stacklevel=2,
         )
 

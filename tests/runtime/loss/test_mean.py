@@ -133,3 +133,15 @@ def test_uneven_batches_are_told_of_once() -> None:
                 list(loader)
         told = [w for w in seen if "evenly" in str(w.message)]
         assert len(told) == (expected if bmt.rank() == 0 and bmt.world_size() > 1 else 0)
+
+
+@on_ranks(2)
+def test_samples_that_ranks_have_in_common_are_told_of() -> None:
+    for rows, expected in ((3, False), (1, True)):
+        loader = bmt.shard_loader(DataLoader(TensorDataset(torch.arange(rows)), batch_size=3))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            list(loader)
+        told = [str(w.message) for w in seen if "evenly" in str(w.message)]
+        assert len(told) == (bmt.rank() == 0)
+        assert all(("several ranks" in text) == expected for text in told)
