@@ -14,32 +14,47 @@ from ..shard.unit import ShardUnit
 
 
 class PlaceInFlat(NamedTuple):
-    """A view of a whole flat buffer, without the buffer."""
+    """A view of a whole flat buffer, without the buffer; of numbers of ``dtype``, where the buffer's are ``base``.
+
+    These are others in a view of pairs as complex numbers, or of a part of these, which may also stand for their
+    conjugates or their negatives.
+    """
 
     flat: FlatShard
     dtype: torch.dtype
+    base: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
     since: int
+    is_conj: bool
+    is_neg: bool
 
     @classmethod
     def of(cls, tensor: torch.Tensor, flat: FlatShard) -> PlaceInFlat:
         """Where ``tensor``, a part of ``flat``'s buffer, lies."""
-        return cls(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()), flat.steps)
+        base = tensor.dtype if flat.buffer is None else flat.buffer.tensor.dtype
+        at, offset = tensor.stride(), int(tensor.storage_offset())
+        return cls(flat, tensor.dtype, base, tensor.size(), at, offset, flat.steps, tensor.is_conj(), tensor.is_neg())
 
     @property
     def numbers(self) -> list[int]:
         """Of the parameters that it is a part of."""
-        slots = enumerate(self.flat.layout.slots)
-        return [number for number, slot in slots if slot.start <= self.offset < slot.end]
+        slots, offset = enumerate(self.flat.layout.slots), self.offset * self.dtype.itemsize // self.base.itemsize
+        return [number for number, slot in slots if slot.start <= offset < slot.end]
 
     def within(self, buffer: Buffer) -> torch.Tensor:
         """The view, made anew from a buffer that holds the values again."""
         base = buffer.tensor
-        if base.dtype != self.dtype:  # pinned in another precision meanwhile
-            base = base.to(self.dtype)
-        return base.as_strided(self.size, self.stride, self.offset)
+        if base.dtype != self.base:  # pinned in another precision meanwhile
+            base = base.to(self.base)
+        if self.dtype == self.base:
+            view = base.as_strided(self.size, self.stride, self.offset)
+        else:
+            other = torch.empty(0, dtype=self.dtype, device=base.device)
+            view = other.set_(base.untyped_storage(), self.offset, self.size, self.stride)
+        view = view.conj() if self.is_conj else view
+        return -view if self.is_neg else view
 
 
 class PlaceOfParameter(NamedTuple):
