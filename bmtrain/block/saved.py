@@ -33,9 +33,12 @@ class PlaceInFlat(NamedTuple):
     @classmethod
     def of(cls, tensor: torch.Tensor, flat: FlatShard) -> PlaceInFlat:
         """Where ``tensor``, a part of ``flat``'s buffer, lies."""
-        base = tensor.dtype if flat.buffer is None else flat.buffer.tensor.dtype
-        at, offset = tensor.stride(), int(tensor.storage_offset())
-        return cls(flat, tensor.dtype, base, tensor.size(), at, offset, flat.steps, tensor.is_conj(), tensor.is_neg())
+        dtype, offset = tensor.dtype, int(tensor.storage_offset())
+        base = dtype
+        if dtype.is_complex != flat.dtype.is_complex:
+            base = dtype.to_complex() if flat.dtype.is_complex else dtype.to_real()
+        is_conj, is_neg = tensor.is_conj(), tensor.is_neg()
+        return cls(flat, dtype, base, tensor.size(), tensor.stride(), offset, flat.steps, is_conj, is_neg)
 
     @property
     def numbers(self) -> list[int]:
