@@ -327,7 +327,8 @@ def stops(model: Any, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("schedule", ["overlap", "stress"])
 def test_a_graph_that_no_backward_runs_through_is_freed(schedule: str, recompute: bool, step: Any) -> None:
-    assert run_ranks(2, frames_left, step, recompute, init={"schedule": schedule}) == [[0, 0, 0]] * 2
+    found = run_ranks(2, frames_left, step, recompute, init={"schedule": schedule}, fresh=True)
+    assert found == [[0, 0, 0]] * 2
 
 
 def frames_left_of_penalties() -> list[int]:
@@ -343,7 +344,7 @@ def frames_left_of_penalties() -> list[int]:
     return left
 
 
-@on_ranks(1, 2)
+@on_ranks(1, 2, fresh=True)
 def test_a_penalty_that_no_backward_runs_through_is_freed() -> None:
     left = frames_left_of_penalties()
     assert left[1] == left[2]
