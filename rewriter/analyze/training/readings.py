@@ -260,7 +260,7 @@ def _entered(roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name
 
 def _bent_apart(file: File, roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name]:
     """Losses of which a function is made that nothing is trained on: ``perplexity = torch.exp(total / count)``."""
-    inner = _clamped(node) or bent(node) or _bent_by_own(file, node)
+    inner = bent(node) or _clamped(node) or _bent_by_own(file, node)
     if inner is None:
         return
     names = [name for name in _whole(inner) if roles.var(name) in roles.losses]

@@ -124,7 +124,7 @@ def _curved(node: ast.AST) -> ast.expr | None:
     match node:
         case ast.Call(func=ast.Name(id=name), args=[value]) if name in BENT:
             return value
-        case ast.BinOp(left=left, op=ast.Pow()):
+        case ast.BinOp(left=left, op=ast.Pow()) if bent(node) is None:
             return left
         case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args) if attr in _ITEM_BY_ITEM:
             return args[0] if dotted(value) in _FUNCTIONS and args else value

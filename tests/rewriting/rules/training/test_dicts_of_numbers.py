@@ -72,6 +72,7 @@ def test_what_is_of_all_ranks_is_not_reported_where_it_is_shown(name: str) -> No
         ("logs = {'loss': loss.item(), 'top': out.max().item()}", "pass\nprint(logs)"),
         ("logs = dict(zip('abc', out.mean(0).tolist()))", SHOW),
         (f"{NAME}logs = locals()", "note(logs)"),
+        ("logs = {}", "print(2 ** len(x))"),
         (f"{NAME}note(['top'], values=locals())", "pass"),
         (f"{NAME}logs = {{'acc': top}}\n    top = out.max()", "print(logs)"),
     ],
