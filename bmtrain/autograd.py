@@ -49,6 +49,15 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def of_no_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as what keeps saved tensors may keep it: a node's own result holds that node, which holds it.
+
+    The collector of garbage does not see such a circle, which is no matter where a backward runs and lets go of what
+    was saved.  Autograd gives back what is kept with the node that it knows.
+    """
+    return tensor if tensor.is_leaf else tensor.detach()
+
+
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def outside_of_compiled_code(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``call(*args, **kwargs)``, which is no part of a graph: in one it would happen when that is made, or never."""

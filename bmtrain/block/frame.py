@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..alike import differ, sums_of
-from ..autograd import ScriptsAsWritten, running_node_saves_with, runs_as_written
+from ..autograd import ScriptsAsWritten, of_no_graph, running_node_saves_with, runs_as_written
 from ..errors import ConfigurationError, InPlaceError
 from ..shard.flat import FlatShard
 from ..shard.parameter import DistributedParameter
@@ -145,7 +145,7 @@ class Frame:
         kept = self._kept
         if kept is not None and type(tensor) is torch.Tensor and kept.pools.changes == kept.changes:
             # Without a look at what it is; a parameter would show something else by the backward.
-            return _of_no_graph(tensor), tensor._version
+            return of_no_graph(tensor), tensor._version
         if type(tensor) is DistributedParameter:
             home = tensor._flat
             if isinstance(home, FlatShard) and home.buffer is not None:
@@ -157,7 +157,7 @@ class Frame:
             return PlaceInFlat.of(tensor, flat)
         if not self.recompute:
             # It may lie where a buffer lay when the forward began.
-            keep, version = _of_no_graph(tensor), _version(tensor)
+            keep, version = of_no_graph(tensor), _version(tensor)
             return (keep, version) if kept is None else (keep, version, "no buffer's")
         if self._plan is not None and strided:
             storage = tensor.untyped_storage()
@@ -225,7 +225,7 @@ class Frame:
         @runs_as_written
         def pack(tensor: torch.Tensor) -> Any:
             if self.owner.flat_at(tensor) is None:
-                made[len(made)] = _of_no_graph(tensor), _version(tensor)
+                made[len(made)] = of_no_graph(tensor), _version(tensor)
                 if self._sums is not None:
                     sums.append(_sums(tensor))
                 if len(made) == len(self._facts):
@@ -268,15 +268,6 @@ _AGAIN = (
     ". A recomputed block needs all of its parameters for that, also those whose values torch would not keep; with "
     "bmt.Block(..., use_checkpoint=False) it does not"
 )
-
-
-def _of_no_graph(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as it may be kept: with the node that made it, a node's own result would keep that node for ever.
-
-    The collector of garbage does not see such a circle, which is no matter where a backward runs and lets go of what
-    was saved.  Autograd gives back what is kept with the node that it knows.
-    """
-    return tensor if tensor.is_leaf else tensor.detach()
 
 
 def _version(tensor: torch.Tensor) -> int:

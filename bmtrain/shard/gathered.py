@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..alike import follow_rank_0
+from ..autograd import of_no_graph
 from ..context import Context, context
 from ..errors import ConfigurationError
 from ..log import warn
@@ -101,7 +102,7 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
     flat = flat_of(base)
     if flat is not None and flat.unit.ctx.world_size > 1:
         return tensor.detach().clone()
-    return tensor if tensor.is_leaf else tensor.detach()  # what holds its own node is never freed
+    return of_no_graph(tensor)
 
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:

@@ -69,14 +69,13 @@ class Picked:
         ``x[0]`` is the batch's first item on rank 0, so that this rank's own value is what one process has; ``x[:4]``
         may be more items than rank 0 has, and ``x[0]`` of what may be a tensor or a list is not known.
         """
-        if deep > _DEEP:
+        if deep > _DEEP or not self.of_batch(node):
             return set()
+        if not self.is_settled:
+            return self._items_of(node, deep)
         key = node, deep, self._context(node)
         if key not in self._items:
-            found = self._items_of(node, deep) if self.of_batch(node) else set()
-            if not self.is_settled:
-                return found
-            self._items[key] = found
+            self._items[key] = self._items_of(node, deep)
         return self._items[key]
 
     @property

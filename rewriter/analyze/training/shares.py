@@ -224,8 +224,6 @@ class Kinds:
                     self.batch.add(name)
         self.of_items = {name for name in self.of_items if any(self._per_item(node) for node, _ in self._growth[name])}
         self.batch |= self.of_items
-        self._rests_on.clear()
-        self.__dict__.pop("_made_of", None)
         self.picked.is_settled = True
 
     @cached_property
@@ -1092,15 +1090,19 @@ class Kinds:
         name = node.id if isinstance(node, ast.Name) else ""
         if name in self._asked:  # ``x = x.to(device)``
             return "samples" if name in self._held else ""
+        if not self.picked.is_settled:
+            return self._kind_within(name, node, deep)
         key = node, deep, self.totals_become_whole, self._means, self._asked_of(node)
         if key not in self._kinds:
-            self._asked |= {name} - {""}
-            found = self._kind(node, deep)
-            self._asked.discard(name)
-            if not self.picked.is_settled:
-                return found
-            self._kinds[key] = found
+            self._kinds[key] = self._kind_within(name, node, deep)
         return self._kinds[key]
+
+    def _kind_within(self, name: str, node: ast.expr, deep: int) -> str:
+        """The kind of ``node``, while its ``name`` counts as asked, if it is one."""
+        self._asked |= {name} - {""}
+        found = self._kind(node, deep)
+        self._asked.discard(name)
+        return found
 
     def _asked_of(self, node: ast.AST) -> frozenset[object]:
         """What is being asked further out, of all that an answer about ``node`` may rest on."""

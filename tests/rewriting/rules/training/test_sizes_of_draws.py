@@ -17,7 +17,7 @@ data = torch.randn(1000)
 off = torch.arange(8)
 
 
-def get_batch(data, size, n=8):
+def get_batch(data, batch_size, n=8):
 {drawn}
 
 
@@ -88,7 +88,7 @@ SHARED = {
 
 
 def conversion(drawn: str) -> tuple[str, list[str]]:
-    result = convert_text(SCRIPT.format(drawn=indent(drawn, "    ")).replace("(data, size", "(data, batch_size"))
+    result = convert_text(SCRIPT.format(drawn=indent(drawn, "    ")))
     return result.after.decode(), [said.message for said in result.reported]
 
 
